@@ -126,6 +126,82 @@ def test_the_libraries_do_not_import_the_compiler() -> None:
     assert in_a_process(f"{IMPORTED}print([name for name in {heavy} if name in sys.modules])").strip() == "[]"
 
 
+WITHOUT_KERNELS = """
+def waits():
+    return type(sys.modules["torch._refs"]).__name__ == "_Waiting"
+assert waits() and "sympy" not in sys.modules
+"""
+
+
+def test_a_model_is_loaded_without_the_kernels_in_python(tiny_model: Path) -> None:
+    in_a_process(f"""{IMPORTED}{WITHOUT_KERNELS}
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tiny_model)!r}, use_safetensors=True)
+drawn = torch.rand(2, generator=torch.Generator().manual_seed(1))
+loss = model(torch.arange(4)[None], labels=torch.arange(4)[None]).loss
+loss.backward()
+torch.optim.AdamW(model.parameters()).step()
+assert waits() and "sympy" not in sys.modules
+""")
+
+
+def test_a_model_that_needs_a_kernel_in_python_gets_it() -> None:
+    """Its rotary embedding is computed by `torch.where`, which has no kernel in C++ on the meta device."""
+    out = in_a_process(f"""{IMPORTED}{WITHOUT_KERNELS}
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+rope = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=16)
+config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                     num_key_value_heads=2, vocab_size=32, rope_parameters=rope)
+with torch.device("meta"):
+    model = AutoModelForCausalLM.from_config(config)
+assert not waits()
+print({{weight.device.type for weight in model.parameters()}}, model.model.rotary_emb.inv_freq.shape[0])
+""")
+    assert out.strip() == "{'meta'} 4"
+
+
+def test_an_operation_without_any_kernel_still_fails() -> None:
+    out = in_a_process(f"""{IMPORTED}{WITHOUT_KERNELS}
+import torch
+library = torch.library.Library("without_kernels", "DEF")
+library.define("nothing(Tensor x) -> Tensor")
+for _ in range(2):
+    with torch.device("meta"):
+        try:
+            torch.nn.functional.handle_torch_function  # a name of torch's own
+            torch.ops.without_kernels.nothing(torch.empty(1))
+        except NotImplementedError as error:
+            print("Meta" in str(error), waits())
+""")
+    assert [line.split()[0] for line in out.splitlines()] == ["True", "True"]
+
+
+@pytest.mark.parametrize(
+    "use",
+    ["torch.broadcast_shapes((2, 1), (3,))", "torch._decomp.core_aten_decompositions()", "torch._prims.sin",
+     "__import__('torch._decomp.decompositions')"],
+)  # fmt: skip
+def test_parts_of_torch_that_wait_are_found_by_their_names(use: str) -> None:
+    in_a_process(f"{IMPORTED}{WITHOUT_KERNELS}\nimport torch\n{use}")
+
+
+def test_a_generator_that_exists_before_the_kernels_still_works() -> None:
+    in_a_process(f"""{IMPORTED}{WITHOUT_KERNELS}
+import torch
+from dagster_project.core.torch_imports import load_meta_kernels
+early = torch.Generator().manual_seed(5)
+expected = torch.rand(2, generator=torch.Generator().manual_seed(5))
+load_meta_kernels()
+assert not waits()
+assert torch.equal(torch.rand(2, generator=early), expected)
+assert torch.equal(torch.rand(2, generator=torch.Generator().manual_seed(5)), expected)
+assert isinstance(early, torch.Generator)
+""")
+
+
 def test_masking_secrets_imports_no_http_client() -> None:
     code = "import sys; from dagster_project.curation.checks.privacy import mask; print(mask('a'))"
     assert in_a_process(f"{code}; print('requests' in sys.modules)").split() == ["a", "False"]

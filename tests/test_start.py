@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -385,28 +386,49 @@ def test_the_guard_of_a_stage_needs_no_record_of_other_stages(root: Path) -> Non
     assert not dvc.verified_fingerprint(root, "tok", lambda _: None).leftovers
 
 
-def test_transformers_reads_the_files_of_its_models_once_and_lists_all_of_them() -> None:
-    script = """
-import json
-from pathlib import Path
-from dagster_project.core.imports import import_transformers, without_prefix
-import_transformers()
-import transformers
-from transformers.utils import import_utils
-folder = Path(transformers.__file__).parent / "models"
-read = import_utils.create_import_structure_from_path.cache_info().misses
-known = without_prefix("models.", import_utils.define_import_structure(folder, prefix="models"))
-print(json.dumps({
-    "read": read,
-    "folders": sum(path.is_dir() and path.name != "__pycache__" for path in folder.rglob("*")) + 1,
-    "equal": known == import_utils.define_import_structure(str(folder)),
-    "found": transformers.AutoModelForCausalLM.__module__,
-}))
+NAMES = """
+import json, sys
+import transformers, transformers.models
+def names(package):
+    return [sorted(package.__all__), sorted(package._class_to_module.items()), set(package.__all__) <= set(dir(package))]
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
-    assert found["read"] == found["folders"] > 100 and found["equal"]
-    assert found["found"] == "transformers.models.auto.modeling_auto"
+FROM_MODELS = ("AutoModelForCausalLM", "BloomPreTrainedModel", "Qwen2ForCausalLM", "BertTokenizerFast", "Trainer")
+
+
+def names_of_transformers(code: str) -> list[Any]:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    found: list[Any] = json.loads(done.stdout)
+    return found
+
+
+def test_transformers_lists_few_names_until_another_is_used_and_then_all_of_them() -> None:
+    lean = "from dagster_project.core.imports import import_transformers\nimport_transformers()\n"
+    listed, both = names_of_transformers(f"""{lean}{NAMES}
+few = len(transformers._class_to_module)
+used = transformers.AutoModelForCausalLM.__name__, transformers.models.llama.__name__
+still = len(transformers._class_to_module)
+every = names(transformers), names(transformers.models)
+print(json.dumps([[few, still, len(transformers._class_to_module), *used], every]))
+""")
+    few, still, every, *used = listed
+    assert few == still < 1_000 < 3_000 < every
+    assert used == ["AutoModelForCausalLM", "transformers.models.llama"]
+    assert both == names_of_transformers(f"{NAMES}print(json.dumps([names(transformers), names(transformers.models)]))")
+
+
+@pytest.mark.parametrize("name", FROM_MODELS)
+def test_every_name_of_transformers_can_be_imported_first(name: str) -> None:
+    lean = "from dagster_project.core.imports import import_transformers\nimport_transformers()\n"
+    used = f"import json\nfrom transformers import {name} as used\nprint(json.dumps([used.__module__, used.__name__]))"
+    assert names_of_transformers(f"{lean}{used}") == names_of_transformers(used)
+
+
+def test_a_name_that_transformers_does_not_have_is_an_error() -> None:
+    code = "from dagster_project.core.imports import import_transformers\nimport_transformers()\n"
+    code += (
+        "import json, transformers\nprint(json.dumps([hasattr(transformers, 'NoSuchModel'), transformers._is_short]))"
+    )
+    assert names_of_transformers(code) == [False, False]
 
 
 def test_a_training_reports_nothing_to_the_hub(tiny_model: Path, tmp_path: Path) -> None:

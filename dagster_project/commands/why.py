@@ -20,6 +20,7 @@ from dagster_project.commands.why_pairs import PairTarget, asked_of
 from dagster_project.commands.why_pairs import asked as asked_model
 from dagster_project.commands.why_prove import prove, refuse_draws
 from dagster_project.commands.why_question import Options, Question, question, tokenize, tokenizer_of
+from dagster_project.core import bounded_templates
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Messages, Tools
@@ -80,13 +81,18 @@ def ask(
     if not options.prompt.strip():
         raise InputError("--prompt: empty", "give the text of a question")
     subject = find(Index(root), model)
+    attributed = None
     with ThreadPoolExecutor(1) as pool:
-        imported = pool.submit(import_libraries)  # while files are hashed
+        imported = pool.submit(import_libraries)  # while files are hashed and read
         found = asked_of(root, model, subject)
         _refuse_unanswerable(found, options, proves)
+        if not with_index and not isinstance(found, PairTarget):  # whose texts are read with the tokenizer
+            attributed = Attributed.read(found, options.points)
+            attributed.read_records()
+            bounded_templates.render("", {})  # starts the process that renders the question
         imported.result()  # two threads that import parts of transformers find modules that are not complete
     indexed = index_points(found, options.points) if with_index else None
-    attributed = Attributed.read(found, options.points)
+    attributed = attributed or Attributed.read(found, options.points)
     system, notes = _system(attributed.texts, options)
     asked = question(found, options, system, attributed.texts.tokenizer)
     document = attributed.rank(asked, replace(options, system=system), notes)
@@ -115,6 +121,14 @@ class Attributed:
     @cached_property
     def texts(self) -> Texts:
         return Texts(self.found)
+
+    @cached_property
+    def places(self) -> dict[str, dict[str, Any]]:
+        return places_of(self.found)
+
+    def read_records(self) -> None:
+        """Read texts and places of the records, which need no model."""
+        _ = self.texts, self.places
 
     def answer(self, said: Messages, ended: bool, tools: Tools, span: str | None, top: int) -> dict[str, Any]:
         """Rank the records for the last answer of a conversation.
@@ -166,7 +180,7 @@ class Attributed:
             **({"points": points} if points else {}),
             "records": len(found.records),
             "distribution": _distribution(ranking, known, scores),
-            "hits": _hits(found, ranking, texts, options.top),
+            "hits": _hits(found, ranking, texts, self.places, options.top),
             "notes": [
                 *notes,
                 *([CUT_OFF] if asked.cut_off and options.span is None else []),
@@ -271,7 +285,10 @@ class Texts:
             }
         else:
             self.known = {record["example_id"]: record for record in (read_records(folder) if folder.is_dir() else ())}
-        self.tokenizer = tokenizer_of(found)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return tokenizer_of(self.found)
 
     def of(self, record: TrainedRecord) -> tuple[str, str]:
         """Prompt and answer; from the tokens of the training, where the split has no text of it."""
@@ -352,9 +369,10 @@ def excerpt(text: str, most: int = EXCERPT) -> str:
     return cut(mask(text[: 20 * EXCERPT]), most)
 
 
-def _hits(found: Target, ranking: Ranking, texts: Texts, top: int) -> list[dict[str, Any]]:
+def _hits(
+    found: Target, ranking: Ranking, texts: Texts, places: Mapping[str, Mapping[str, Any]], top: int
+) -> list[dict[str, Any]]:
     """The first records by both scores, each with its place, use and scores."""
-    places = places_of(found)
     hits = []
     for i in ranking.order()[:top]:
         record = found.records[i]

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -60,6 +65,40 @@ def absent(*names: str) -> Iterator[None]:
         sys.meta_path.remove(finder)
 
 
+@contextmanager
+def after_import(name: str, then: Callable[[ModuleType], None]) -> Iterator[None]:
+    """While open, `then` is called with a module of this name when it has been imported, before others use it."""
+    finder = _AfterImport(name, then)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+
+
+class _AfterImport(Loader):
+    def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
+        self.name, self.then = name, then
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        if (spec := find_spec(name)) and spec.loader:
+            self.loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__
+        module.__loader__ = module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        self.then(module)
+
+
 class _Absent:
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
@@ -91,28 +130,79 @@ def import_pandera() -> Any:
     return pandera.polars
 
 
+LISTED = ("auto", "bloom")
+"""Folders of transformers' models whose names are listed when it is imported; PEFT names a class of the second."""
+
+
 def import_transformers() -> None:
-    """Import transformers with its package of models, without reading the files of all models a second time.
+    """Import transformers with its package of models, without reading the files of all models.
 
-    To list the names that they define, transformers reads these files when it is imported, and again when its package
-    of models is.
+    To list the names that they define, transformers reads all these files when it is imported, and again when its
+    package of models is. Here models are loaded by their modules, so few names are listed; the first use of another
+    name lists all.
     """
-    import transformers
-    from transformers.utils import import_utils
+    with after_import("transformers.utils.import_utils", _list_when_needed):
+        import transformers.models  # noqa: F401
 
+
+def _list_when_needed(import_utils: Any) -> None:
+    """Make transformers and its package of models list all names when one is used that is not listed.
+
+    Args:
+        import_utils: transformers' module, of which these packages take two parts when they are imported.
+    """
     read = import_utils.define_import_structure
-    folder = Path(transformers.__file__).parent / "models"
+    kind: Any = import_utils._LazyModule
+    models = Path(import_utils.__file__).parents[1] / "models"
 
-    def define_import_structure(path: str | Path, prefix: str | None = None) -> Any:
-        if prefix is not None or Path(path) != folder / "__init__.py":
+    def few(path: str | Path, prefix: str | None = None) -> dict[Any, dict[str, Any]]:
+        if Path(path) not in (models, models / "__init__.py"):
             return read(path, prefix)
-        return without_prefix("models.", read(folder, prefix="models"))  # transformers keeps this result
+        found: dict[Any, dict[str, Any]] = {}
+        for folder in LISTED:
+            for required, modules in read(models / folder, prefix=f"{prefix}.{folder}" if prefix else folder).items():
+                found.setdefault(required, {}).update(modules)
+        return found
 
-    import_utils.define_import_structure = define_import_structure
-    try:
-        import transformers.models
-    finally:
-        import_utils.define_import_structure = read
+    class LazyModule(kind):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self._is_short = self.__name__ in ("transformers", "transformers.models")
+            if self._is_short:
+                del self.__all__
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if not self._is_short or (name[:2] == "__" and name != "__all__"):
+                    raise
+            if find_spec(module := f"{self.__name__}.{name}"):
+                return import_module(module)
+            self._list_all()
+            return getattr(self, name)
+
+        def __dir__(self) -> list[str]:
+            self._list_all()
+            return super().__dir__()
+
+        def _list_all(self) -> None:
+            if not self._is_short:
+                return
+            structure = {required: dict(modules) for required, modules in read(models, prefix="models").items()}
+            if self.__name__ == "transformers":
+                others = {name: names for name, names in self._import_structure.items() if name[:7] != "models."}
+                structure.setdefault(frozenset(), {}).update(others)
+            else:
+                structure = without_prefix("models.", structure)
+            every = kind(self.__name__, self.__file__, structure)
+            self.__dict__.update(_is_short=False, **{name: getattr(every, name) for name in _FROM_STRUCTURE})
+
+    import_utils.define_import_structure, import_utils._LazyModule = few, LazyModule
+
+
+_FROM_STRUCTURE = ("__all__", "_class_to_module", "_import_structure", "_modules", "_object_missing_backend")
+"""Attributes of a package of transformers that follow from the names that it lists."""
 
 
 def without_prefix(prefix: str, structure: Mapping[Any, Mapping[str, Iterable[str]]]) -> dict[Any, dict[str, set[str]]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from dagster_project.core.torch_imports import load_meta_kernels
 from dagster_project.core.versions import require_version
 
 TORCH = ">=2.9,<3"
@@ -23,6 +24,8 @@ def intercepted(value: Any, run: Callable[[Any, Any, Any], Any] | None = None) -
     require_version("torch", TORCH, "torch.utils._python_dispatch.TorchDispatchMode, aten::_local_scalar_dense")
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
+
+    load_meta_kernels()  # otherwise some operations would count as others
 
     class Interception(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
