@@ -311,6 +311,10 @@ def test_a_bad_file_is_refused_with_all_of_its_errors(project: Path, ballot: Mat
     (project / "votes.json").write_text("{")
     assert "votes.json: not JSON" in refused(project, [str(project / "votes.json")], capsys=capsys)
     assert "No such file" in refused(project, [str(project / "none.json")], capsys=capsys)
+    (project / "votes.json").write_text(json.dumps(good)[:-1] + ', "votes": []}')
+    assert "votes.json: key 'votes' is duplicated in one object" in refused(
+        project, [str(project / "votes.json")], capsys=capsys
+    )
     (project / "votes.json").write_text("null")
     assert "votes.json: votes: Input should be" in refused(project, [str(project / "votes.json")], capsys=capsys)
     for name in (" ", "\u200b"):

@@ -16,6 +16,7 @@ from pydantic import Field
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section, parse
 from dagster_project.core.text import many, visible
+from dagster_project.curation.sources.files import parse_json
 from dagster_project.evaluation.paired.pairwise import (
     Choice,
     Match,
@@ -157,11 +158,15 @@ def _warn_of_unsealed(sheets: Mapping[Path, Votes]) -> None:
 
 def _read(file: Path) -> Votes:
     try:
-        document = json.loads(file.read_bytes())  # also with a byte order mark, and as UTF-16, as some editors save it
+        content = file.read_bytes()
+        # also with a byte order mark, and as UTF-16, as some editors save it
+        document = parse_json(content.decode(json.detect_encoding(content)))
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}", "name a file that the ballot's page saved") from None
-    except (ValueError, RecursionError):
+    except (json.JSONDecodeError, UnicodeDecodeError):
         raise InputError(f"{file}: not JSON", "name a file that the ballot's page saved") from None
+    except ValueError as error:
+        raise InputError(f"{file}: {error}", AGAIN) from None
     sheet = parse(Votes, document if document is not None else [], "votes", file=str(file))
     if not _same_rater(sheet.rater):
         raise InputError(f"{file}: votes.rater: no name", "write a name or initials")
