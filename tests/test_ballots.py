@@ -311,9 +311,14 @@ def test_a_bad_file_is_refused_with_all_of_its_errors(project: Path, ballot: Mat
     (project / "votes.json").write_text("{")
     assert "votes.json: not JSON" in refused(project, [str(project / "votes.json")], capsys=capsys)
     assert "No such file" in refused(project, [str(project / "none.json")], capsys=capsys)
+    (project / "votes.json").write_text(json.dumps(good)[:-1] + ', "votes": []}')
+    assert "votes.json: key 'votes' is duplicated in one object" in refused(
+        project, [str(project / "votes.json")], capsys=capsys
+    )
     (project / "votes.json").write_text("null")
     assert "votes.json: votes: Input should be" in refused(project, [str(project / "votes.json")], capsys=capsys)
-    assert "votes.rater: no name" in refused(project, saved(project, good | {"rater": " "}), capsys=capsys)
+    for name in (" ", "\u200b"):
+        assert "votes.rater: no name" in refused(project, saved(project, good | {"rater": name}), capsys=capsys)
     assert "no vote" in refused(project, saved(project, good | {"votes": []}), "--partial", capsys=capsys)
 
 
@@ -483,7 +488,9 @@ def test_a_file_in_another_encoding_is_read(project: Path, ballot: Match, encodi
     assert (found["raters"], found["wins"]) == ({"Zoë": 18}, 18)
 
 
-@pytest.mark.parametrize("other", ["anna", " ANNA ", "\u00a0Anna\t", "\uff21nna"])
+@pytest.mark.parametrize(
+    "other", ["anna", " ANNA ", "\u00a0Anna\t", "\uff21nna", "Anna\u200b", "\ufeffAnna", "An\u00adna"]
+)
 def test_spellings_of_one_name_are_one_rater(project: Path, ballot: Match, other: str, capsys: Any) -> None:
     files = saved(project, *(sheet(ballot, name, lambda i, pair: "win") for name in ("Anna", "Ben", other)))
     err = refused(project, files, capsys=capsys)

@@ -1005,6 +1005,13 @@ def test_what_is_not_used_is_reported(row: dict[str, Any], ignored: str, read: C
     assert read(row)[0]["ignored"] == [ignored]
 
 
+def bedrock_asked(definitions: list[Any]) -> dict[str, Any]:
+    """A row of the layout `bedrock` that holds more than the definitions of its tools."""
+    turns = [{"role": role, "content": [{"text": "x"}]} for role in ("user", "assistant")]
+    config = {"tools": definitions, "toolChoice": {"auto": {}}}
+    return {"schemaVersion": "bedrock-conversation-2024", "toolConfig": config, "messages": turns}
+
+
 @pytest.mark.parametrize(
     ("row", "kept"),
     [
@@ -1015,6 +1022,8 @@ def test_what_is_not_used_is_reported(row: dict[str, Any], ignored: str, read: C
         ({"instruction": "x", "output": "y", "history": ""}, []),
         ({"text": "x", "label": 1, "label_text": ""}, []),
         ({"text": "x", "label": 1, "label_text": "y"}, ["label"]),
+        (bedrock_asked([{"toolSpec": {"name": "clock", "inputSchema": {"json": {}}}}]), []),
+        (bedrock_asked([]), ["toolConfig"]),
     ],
 )
 def test_a_field_that_its_layout_does_not_read_in_a_row_counts_as_kept(row: dict[str, Any], kept: list[str]) -> None:

@@ -16,6 +16,7 @@ from pydantic import Field
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section, parse
 from dagster_project.core.text import many, visible
+from dagster_project.curation.sources.files import parse_json
 from dagster_project.evaluation.paired.pairwise import (
     Choice,
     Match,
@@ -129,7 +130,8 @@ def _problems(ballot: Match, sheets: Mapping[Path, Votes], partial: bool) -> lis
         hint = "give one file for each rater"
         if len(names) > 1:
             problem += (
-                f", also written {', '.join(names[1:])}: case, spaces at the ends and repeated spaces are ignored"
+                f", also written {', '.join(names[1:])}: case, spaces at the ends and repeated spaces are ignored,"
+                " and so are invisible characters"
             )
             hint += "; if two people have the same name, one of them must add an initial and save again"
         found.append((problem, hint))
@@ -140,8 +142,9 @@ AGAIN = "save the votes from the page again"
 
 
 def _same_rater(name: str) -> str:
-    """Two spellings of a name with the same value are one rater."""
-    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    """Two spellings of a name with the same value are one rater; empty if nothing of the name is visible."""
+    seen = "".join(character for character in name if unicodedata.category(character) != "Cf")
+    return " ".join(unicodedata.normalize("NFKC", seen).casefold().split())
 
 
 def _warn_of_unsealed(sheets: Mapping[Path, Votes]) -> None:
@@ -155,13 +158,17 @@ def _warn_of_unsealed(sheets: Mapping[Path, Votes]) -> None:
 
 def _read(file: Path) -> Votes:
     try:
-        document = json.loads(file.read_bytes())  # also with a byte order mark, and as UTF-16, as some editors save it
+        content = file.read_bytes()
+        # also with a byte order mark, and as UTF-16, as some editors save it
+        document = parse_json(content.decode(json.detect_encoding(content)))
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}", "name a file that the ballot's page saved") from None
-    except (ValueError, RecursionError):
+    except (json.JSONDecodeError, UnicodeDecodeError):
         raise InputError(f"{file}: not JSON", "name a file that the ballot's page saved") from None
+    except ValueError as error:
+        raise InputError(f"{file}: {error}", AGAIN) from None
     sheet = parse(Votes, document if document is not None else [], "votes", file=str(file))
-    if not sheet.rater.strip():
+    if not _same_rater(sheet.rater):
         raise InputError(f"{file}: votes.rater: no name", "write a name or initials")
     return sheet.model_copy(update={"rater": sheet.rater.strip()})
 

@@ -596,7 +596,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _reason(error: ValueError) -> str:
-    """Why a text is no row: Python's message for a whole number that it does not convert is about its settings."""
+    """Why a text is not a row.
+
+    Python's own message for a very long whole number names one of its settings, so it is replaced.
+    """
     return LONG_NUMBER if "int_max_str_digits" in str(error) else str(error)
 
 

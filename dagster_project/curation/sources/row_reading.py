@@ -31,6 +31,8 @@ class ReadRow(NamedTuple):
     ignored: list[str]
     unread: frozenset[str] = frozenset()
     """Keys that the layout reads in other rows, and keeps of this one."""
+    defining: frozenset[str] = frozenset()
+    """The key of `tool_keys` that holds the tools, which is used even if `meta` keeps it, too."""
 
 
 def read_example(value: dict[str, Any], layout: Layout, think: Think) -> ReadRow:
@@ -39,6 +41,7 @@ def read_example(value: dict[str, Any], layout: Layout, think: Think) -> ReadRow
     more, unread = layout.meta(turns.row), layout.unread(turns.row)
     unused: list[str] = []
     tools, keys = _tools_of(value, layout)
+    defining = frozenset(keys[-1:] if tools else ())
     if not layout.alone and is_marked(messages):
         messages = split_traces(messages, think)  # first: a trace may quote calls
         if layout.turns:
@@ -49,7 +52,7 @@ def read_example(value: dict[str, Any], layout: Layout, think: Think) -> ReadRow
     if layout.of_tree:
         turns = fields.read_tree(value, layout.of_tree(value))
     ignored = [*turns.ignored, *_named(unused, layout)]
-    return ReadRow([Pair([], messages, [])], tools, keys, more, turns.shapes, ignored, unread)
+    return ReadRow([Pair([], messages, [])], tools, keys, more, turns.shapes, ignored, unread, defining)
 
 
 def read_pairs(value: dict[str, Any], form: PairLayout, think: Think) -> ReadRow:
@@ -152,5 +155,6 @@ def noted(
     # of the row only: of a system prompt whose tools are used, a reader keeps the text as `system_prompt`
     ignored = [*read.ignored, *[key for key in fields.important(kept) if key in (row.value or {})]]
     columns = (layout.category, *read.tool_keys)
-    found = account.of(row.value or {}, layout.used - read.unread, columns, kept, read.shapes, row.classes)
+    used = layout.used - read.unread | read.defining
+    found = account.of(row.value or {}, used, columns, kept, read.shapes, row.classes)
     return {"fields": (found,), **({"ignored": [*dict.fromkeys(ignored)]} if ignored else {})}
