@@ -390,7 +390,8 @@ NAMES = """
 import json, sys
 import transformers, transformers.models
 def names(package):
-    return [sorted(package.__all__), sorted(package._class_to_module.items()), set(package.__all__) <= set(dir(package))]
+    listed = package.__all__
+    return [sorted(listed), sorted(package._class_to_module.items()), set(listed) <= set(dir(package))]
 """
 FROM_MODELS = ("AutoModelForCausalLM", "BloomPreTrainedModel", "Qwen2ForCausalLM", "BertTokenizerFast", "Trainer")
 

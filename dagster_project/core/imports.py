@@ -165,6 +165,8 @@ def _list_when_needed(import_utils: Any) -> None:
         return found
 
     class LazyModule(kind):
+        _is_short = False
+
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             self._is_short = self.__name__ in ("transformers", "transformers.models")
@@ -172,15 +174,18 @@ def _list_when_needed(import_utils: Any) -> None:
                 del self.__all__
 
         def __getattr__(self, name: str) -> Any:
-            try:
+            if not self._is_short or self._lists(name):
                 return super().__getattr__(name)
-            except AttributeError:
-                if not self._is_short or (name[:2] == "__" and name != "__all__"):
-                    raise
+            if name[:2] == "__" and name != "__all__":
+                raise AttributeError(name)
             if find_spec(module := f"{self.__name__}.{name}"):
                 return import_module(module)
             self._list_all()
             return getattr(self, name)
+
+        def _lists(self, name: str) -> bool:
+            # for a tokenizer that transformers does not have by this name, it looks for others that it lists
+            return name in self._objects or (name in self._class_to_module and not name.endswith("TokenizerFast"))
 
         def __dir__(self) -> list[str]:
             self._list_all()
