@@ -151,6 +151,9 @@ def _list_when_needed(import_utils: Any) -> None:
     Args:
         import_utils: transformers' module, of which these packages take two parts when they are imported.
     """
+    from dagster_project.core.versions import require_version
+
+    require_version("transformers", ">=5.24,<6", "transformers.utils.import_utils._LazyModule, define_import_structure")
     read = import_utils.define_import_structure
     kind: Any = import_utils._LazyModule
     models = Path(import_utils.__file__).parents[1] / "models"
@@ -159,7 +162,7 @@ def _list_when_needed(import_utils: Any) -> None:
         if Path(path) not in (models, models / "__init__.py"):
             return read(path, prefix)
         found: dict[Any, dict[str, Any]] = {}
-        for folder in LISTED:
+        for folder in filter(lambda name: (models / name).is_dir(), LISTED):
             for required, modules in read(models / folder, prefix=f"{prefix}.{folder}" if prefix else folder).items():
                 found.setdefault(required, {}).update(modules)
         return found
@@ -176,7 +179,7 @@ def _list_when_needed(import_utils: Any) -> None:
         def __getattr__(self, name: str) -> Any:
             if not self._is_short or self._lists(name):
                 return super().__getattr__(name)
-            if name[:2] == "__" and name != "__all__":
+            if not name.isidentifier() or (name[:2] == "__" and name != "__all__"):
                 raise AttributeError(name)
             if find_spec(module := f"{self.__name__}.{name}"):
                 return import_module(module)
