@@ -19,7 +19,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dagster_project.commands.papers import RELEASE, hand_over
-from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.core.documents import read_report
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.hashing import md5_of_file, sha256_of_file
@@ -31,6 +30,7 @@ from dagster_project.lineage import lineage
 from dagster_project.lineage.history import Revision, undeclared
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.provider import provider
+from dagster_project.lineage.scratch_folder import scratch_folder
 from dagster_project.lineage.signing.target import Target, find
 from dagster_project.views.texts import text
 
@@ -128,8 +128,8 @@ def push(
     refuse_failed_gate(root, target, date.today())
     refuse_older(root, target)
     _refuse_by_policy(root, date.today())
-    with scratch_folder("pedigree-push-") as scratch:
-        folder = Path(scratch) / to.repo.rpartition("/")[2]
+    with scratch_folder(root) as scratch:
+        folder = scratch / to.repo.rpartition("/")[2]
         papers = hand_over(root, RELEASE, folder, issued, key)
         if find(root, RELEASE).lock_text != target.lock_text:  # what was copied may not be what was checked
             raise InputError("dvc.lock changed meanwhile", "run the same command again")

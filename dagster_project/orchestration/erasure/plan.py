@@ -310,7 +310,7 @@ def _change(root: Path, path: str, rows: Iterable[int], may_be_empty: bool, read
             "erase them where it is kept, and set its new `revision`",
         )
     numbers = sorted(rows)
-    content = removal.without(file, {*numbers}, path, may_be_empty)
+    content = removal.without(file, {*numbers}, path, may_be_empty, root)
     if (before := sha256_of_file(file)) != read.get(path):
         raise InputError(
             f"{path} was changed after its rows were read, so their numbers may be those of others",
