@@ -13,8 +13,8 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.layout import PLOTS, REPORTS
+from dagster_project.lineage.exports_in_place import names_in
 from dagster_project.lineage.history import LOCK, Objects, Revision, listing_of, path_exists, resolve, stages_of
-from dagster_project.lineage.papers_in_place import names_in
 from dagster_project.lineage.scratch_folder import FOLDERS
 from dagster_project.lineage.signing.keys import PublicKey
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, PUBLIC_KEY, SIGNATURE
@@ -58,8 +58,8 @@ class Target:
         return folder if self.label == self.address else folder / self.path
 
     @property
-    def papers(self) -> tuple[str, ...]:
-        """Names in the folder that are not part of the output: papers of a release, which have a signature in the
+    def exports(self) -> tuple[str, ...]:
+        """Names in the folder that are not part of the output: exports of a release, which have a signature in the
         folder. None of another folder, where they are part of it."""
         return () if self.root is None else names_in(self.folder)
 

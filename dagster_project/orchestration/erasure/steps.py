@@ -19,7 +19,7 @@ from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import sha256_of_bytes, sha256_of_file
 from dagster_project.core.records import remove
 from dagster_project.evaluation.kept_replies import REPLIES
-from dagster_project.lineage import papers_in_place, scratch_folder
+from dagster_project.lineage import exports_in_place, scratch_folder
 from dagster_project.lineage.attribution.proof import PROOFS
 from dagster_project.lineage.attribution.store import GRADIENTS
 from dagster_project.lineage.database import INDEX_FILE
@@ -226,9 +226,9 @@ class Erasure:
         return present_in(storage, to_remove(listings(folder), holding, retired, needed, own))
 
     def files(self) -> None:
-        """Remove pages and scratch files that hold them, and papers of the
+        """Remove pages and scratch files that hold them, and exports of the
         release and attestations that state hashes of the sources before."""
-        papers_in_place.delete(self.root)
+        exports_in_place.delete(self.root)
         for folder in self.plan.get("signatures", ()):
             for name in (SIGNATURE, ATTESTATIONS, PUBLIC_KEY):
                 (self.root / folder / name).unlink(missing_ok=True)
