@@ -231,7 +231,7 @@ FIRST = (
     "test_erase_remote",
     "test_readme",
     "test_front_ends",
-    "test_papers_in_place",
+    "test_exports_in_place",
     "test_bad_input",
     "test_answer_history",
     "test_resume",

@@ -29,7 +29,7 @@ from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.layout import is_code
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import code_in
-from dagster_project.lineage.papers_in_place import IGNORE_LINES
+from dagster_project.lineage.exports_in_place import IGNORE_LINES
 from dagster_project.orchestration import dvc, dvc_cache
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.project import PedigreeProject
@@ -111,7 +111,7 @@ def test_an_upgrade_in_which_only_a_view_changed_makes_nothing_stale(site: Path,
     (project / ".dvcignore").write_text("*.swp\n")
     document = json.loads(pedigree_in(site, project, "upgrade", "--json").stdout)
     assert document["ignored"] == [*IGNORE_LINES] == (project / ".dvcignore").read_text().splitlines()[2:], (
-        "those for papers are added"
+        "those for exports are added"
     )
     assert (document["from"], document["to"]) == ("1.0", "1.1")
     assert document["changed"] == [] and document["stale"] == {} and document["results"] == {}

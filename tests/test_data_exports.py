@@ -714,7 +714,7 @@ def test_all_exports_are_in_one_folder_with_a_page_that_names_each_by_its_hash(
     assert main([*arguments, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     files = contents(folder)
-    page = files.pop("papers.html").decode()
+    page = files.pop("exports.html").decode()
     assert {one["format"] for one in document["exports"]} == set(formats()) and set(files) == {
         one["file"] for one in document["exports"]
     }
@@ -727,7 +727,7 @@ def test_all_exports_are_in_one_folder_with_a_page_that_names_each_by_its_hash(
             and one["shows_not"]
         )
     assert "http" not in page.replace("http-equiv", "") and str(finished) not in page
-    assert main(arguments) == 0 and (folder / "papers.html").read_text() == page
+    assert main(arguments) == 0 and (folder / "exports.html").read_text() == page
     assert main([*arguments, "--out", "x"]) == 2 and "--out cannot be combined" in capsys.readouterr().err
 
 
@@ -741,9 +741,9 @@ def test_a_stranger_verifies_a_signed_folder_of_exports_alone(finished: Path) ->
     document = verify_signatures(elsewhere, str(elsewhere), str(public))
     assert (
         document["verdict"] == "verified"
-        and document["papers"]["documents"] == len(formats()) + 1
-        and document["papers"]["values"] > 90
+        and document["compared"]["documents"] == len(formats()) + 1
+        and document["compared"]["values"] > 90
     )
-    flip(elsewhere / "papers/training-content.md")
+    flip(elsewhere / "exports/training-content.md")
     found = verify_signatures(elsewhere, str(elsewhere), str(public))
     assert found["verdict"] == "altered" and "training-content.md" in json.dumps(found)

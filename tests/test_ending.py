@@ -21,9 +21,9 @@ import pytest
 from conftest import tool
 
 from dagster_project.commands import ending
-from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.lineage import lineage
 from dagster_project.lineage.database import INDEX_FILE
+from dagster_project.lineage.scratch_folder import FOLDERS, scratch_folder
 from dagster_project.lineage.unfinished_erasure import FILE
 
 INTERRUPTED = {130, -signal.SIGINT}
@@ -116,8 +116,9 @@ def test_an_interrupt_does_not_say_that_nothing_happened_where_something_did(tmp
     assert said("push") == said("sync") == "interrupted; a part may have been written\nhint: run the same command again"
 
 
+@pytest.mark.parametrize("in_project", [True, False])
 def test_a_temporary_folder_goes_also_if_its_removal_is_interrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_project: bool
 ) -> None:
     """It has copies of data, and the key of record ids."""
     interrupts = iter([KeyboardInterrupt()])
@@ -129,11 +130,14 @@ def test_a_temporary_folder_goes_also_if_its_removal_is_interrupted(
         rmdir(*given, **options)
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with pytest.raises(KeyboardInterrupt), scratch_folder() as folder:
-        (Path(folder) / "data/keys").mkdir(parents=True)
-        (Path(folder) / "data/keys/record_ids.key").write_text("secret")
+    if in_project:
+        (tmp_path / ".dvc").mkdir()
+    with pytest.raises(KeyboardInterrupt), scratch_folder(tmp_path) as folder:
+        assert (folder.parent == tmp_path / FOLDERS) == in_project
+        (folder / "data/keys").mkdir(parents=True)
+        (folder / "data/keys/record_ids.key").write_text("secret")
         monkeypatch.setattr(os, "rmdir", interrupted)
-    assert not [*tmp_path.iterdir()]
+    assert not [path for path in tmp_path.rglob("*") if not tmp_path.joinpath(FOLDERS).is_relative_to(path)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

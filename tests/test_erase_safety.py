@@ -9,6 +9,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,22 @@ import pytest
 from builders.history import Project, identity
 from builders.small_pipeline import commit, git
 
-from dagster_project.core.errors import InputError
+from dagster_project.core.errors import Busy, InputError
 from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.lineage.erasure.needles import needles_of
 from dagster_project.lineage.erasure.removal import without
 from dagster_project.lineage.erasure.scan import SURE, Scanner
 from dagster_project.lineage.history import Objects
 from dagster_project.lineage.index import Index
+from dagster_project.lineage.scratch_folder import FOLDERS, scratch_folder
+from dagster_project.lineage.unfinished_erasure import FILE, is_unfinished
 from dagster_project.orchestration.erasure import git_objects, objects, steps
+from dagster_project.orchestration.erasure.exclusive import one_erasure
 from dagster_project.orchestration.erasure.layout import layout_of
 from dagster_project.orchestration.erasure.objects import Own, own_objects, to_remove
 from dagster_project.orchestration.erasure.places import Search, search
 from dagster_project.orchestration.erasure.remotes import Remotes, remotes_of
-from dagster_project.orchestration.erasure.steps import Erasure
+from dagster_project.orchestration.erasure.steps import Erasure, finish
 
 SECRET = "Zephyrine Okonkwo of Larkspur Lane has lost a cobalt lantern without its wick"
 SCANNER = Scanner(needles_of([SECRET], [], []))
@@ -452,3 +456,67 @@ def test_names_of_objects_are_not_those_of_other_files() -> None:
         objects.name_of(Path("x/files/md5/ab") / ("c" * 30)) == "ab" + "c" * 30
         and objects.name_of(Path("x/runs/ab/c")) is None
     )
+
+
+COPIES = """
+import os, signal, sys
+from pathlib import Path
+from dagster_project.lineage.scratch_folder import scratch_folder
+with scratch_folder(Path(sys.argv[1])) as folder:
+    (folder / "a.txt").write_text(sys.argv[2])
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_copies_of_data_of_a_killed_command_are_erased(bare: Path) -> None:
+    """Also a short text, which no search finds."""
+    Project(bare)
+    subprocess.run([sys.executable, "-c", COPIES, str(bare), "short"], check=False)
+    assert [path.read_text() for path in (bare / FOLDERS).rglob("a.txt")] == ["short"]
+    Erasure(bare, plan(files=[]), lambda _: None).files()
+    assert [*(bare / FOLDERS).iterdir()] == []
+
+
+def test_copies_of_data_of_a_killed_command_are_removed_by_the_next_one(bare: Path) -> None:
+    Project(bare)
+    subprocess.run([sys.executable, "-c", COPIES, str(bare), SECRET], check=False)
+    with scratch_folder(bare) as folder:
+        assert [*(bare / FOLDERS).iterdir()] == [folder]
+
+
+def test_a_command_with_copies_of_data_keeps_them_and_an_erasure_waits_until_it_has_ended(bare: Path) -> None:
+    Project(bare)
+    with scratch_folder(bare) as folder:
+        with pytest.raises(Busy, match="works on copies of the data"), one_erasure(bare):
+            pass
+        with scratch_folder(bare):
+            write(folder / "a.txt")
+        Erasure(bare, plan(files=[]), lambda _: None).files()
+        assert (folder / "a.txt").is_file()
+    with one_erasure(bare):
+        pass
+
+
+def test_rows_are_not_copied_to_temporary_files_of_the_system(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Project(bare)
+    monkeypatch.setattr("tempfile.tempdir", str(bare / "missing"))
+    source = write(bare / "data/sources/a.jsonl", '{"text": "a"}\n{"text": "b"}\n')
+    assert without(source, {0}, "a", root=bare) == b'{"text": "b"}\n'
+
+
+def test_an_erasure_is_unfinished_until_nothing_else_with_the_text_is_beside_its_plan(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half_written = write((bare / FILE).with_name(".plan.json.1"))
+    write(bare / FILE)
+    removed, remove = list[bool](), steps.remove
+
+    def noted(path: Path) -> None:
+        removed.append(half_written.exists())
+        if not half_written.exists():
+            assert is_unfinished(bare)
+        remove(path)
+
+    monkeypatch.setattr(steps, "remove", noted)
+    finish(bare)
+    assert removed == [True, False] and not (bare / FILE).parent.exists()

@@ -726,7 +726,7 @@ def test_records_of_a_model_whose_data_nothing_records_cannot_be_told(made: Proj
         export(made.root, "merged@lora", "cyclonedx")
 
 
-def test_a_paper_is_not_written_without_the_report_that_names_the_sources(made: Project) -> None:
+def test_an_export_is_not_written_without_the_report_that_names_the_sources(made: Project) -> None:
     made.commit(made.lock(ROWS))
     assert FAQ in export(made.root, "merged@lora", "model-card")
     git(made.root, "checkout", "-q", "--orphan", "other")

@@ -105,7 +105,7 @@ def test_the_same_model_is_registered_once_and_another_one_is_the_next_version(
     )
 
 
-def test_papers_beside_a_release_are_not_uploaded(
+def test_exports_beside_a_release_are_not_uploaded(
     project: Project, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They are no part of its content, and can be those of another version (docs/exports.md)."""
@@ -120,8 +120,8 @@ def test_papers_beside_a_release_are_not_uploaded(
     for name, content in {
         **FILES,
         "audit/a.json": b"[]",
-        "papers/README.md": b"x",
-        "papers.html": b"x",
+        "exports/README.md": b"x",
+        "exports.html": b"x",
         "model.sig": b"x",
     }.items():
         (project.root / "data/release" / name).parent.mkdir(parents=True, exist_ok=True)

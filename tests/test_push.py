@@ -63,7 +63,7 @@ def pushed(root: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[s
     return dict(json.loads(capsys.readouterr().out))
 
 
-def test_the_repository_has_the_release_and_its_papers_in_one_commit(
+def test_the_repository_has_the_release_and_its_exports_in_one_commit(
     made: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     document = pushed(made, capsys, "--private")
@@ -78,8 +78,8 @@ def test_the_repository_has_the_release_and_its_papers_in_one_commit(
     )
     release = contents(made / "data/release")
     assert {name: files[name] for name in release} == release
-    papers = set(files) - set(release) - {".gitattributes"}
-    assert "papers.html" in papers and all(name == "papers.html" or name.startswith("papers/") for name in papers)
+    exports = set(files) - set(release) - {".gitattributes"}
+    assert "exports.html" in exports and all(name == "exports.html" or name.startswith("exports/") for name in exports)
     assert {one["path"]: one["sha256"] for one in document["files"]} == {
         name: hashlib.sha256(content).hexdigest() for name, content in files.items() if name != ".gitattributes"
     }
@@ -340,13 +340,13 @@ def test_a_pipeline_that_runs_again_meanwhile_is_refused(
     own: Path, hub: ModelHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gate was checked for the release of before, and the files were copied afterwards."""
-    from dagster_project.commands import papers
+    from dagster_project.commands import export_all
     from dagster_project.commands import push as module
 
     def hand_over(*given: Any) -> Any:
         with (own / "dvc.lock").open("a") as lock:
             lock.write("# another run\n")
-        return papers.hand_over(*given)
+        return export_all.hand_over(*given)
 
     monkeypatch.setattr(module, "hand_over", hand_over)
     assert "dvc.lock changed meanwhile" in refused(own, hub, capsys, 2)

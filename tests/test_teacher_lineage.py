@@ -24,7 +24,7 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import as_text as audit_text
 from dagster_project.lineage.lineage import audit, find
 from dagster_project.lineage.signing import provenance
-from dagster_project.lineage.signing.papers import contradictions, read
+from dagster_project.lineage.signing.claims import contradictions, read
 from dagster_project.training.trainers.alignment import teacher
 from dagster_project.views.lineage import _details
 
@@ -70,9 +70,9 @@ def test_an_audit_names_the_teacher_and_its_hashes(made: Project, stage: str) ->
 
 
 @pytest.mark.parametrize("name", ["student", "dpo"])
-def test_papers_name_the_teacher(made: Project, name: str) -> None:
+def test_exports_name_the_teacher(made: Project, name: str) -> None:
     summary = summarize(find(Index(made.root), f"merged_aligned@{name}")) | {"provider": {}, "data_sets": {}}
-    bom, eu, card = (paper(summary, date(2026, 1, 2)) for paper in (cyclonedx, eu_summary, model_card))
+    bom, eu, card = (export(summary, date(2026, 1, 2)) for export in (cyclonedx, eu_summary, model_card))
     document, distilled = json.loads(bom), name == "student"
     parts = {part["bom-ref"]: part for part in document["components"] if part["bom-ref"].startswith("teacher:")}
     tasks = {task["name"]: json.dumps(task["inputs"]) for task in document["formulation"][0]["workflows"][0]["tasks"]}
@@ -118,8 +118,8 @@ def test_its_weights_are_compared_with_those_of_the_teacher_and_not_of_the_base_
         "base_model": base,
     }
     bill = spdx(summary, date(2026, 1, 2))
-    for text, wrong in ((bill, []), (bill.replace(WEIGHTS, "d4" * 32), ["papers/model.spdx.json"])):
-        texts = {"audit/audit.json": json.dumps(summary), "papers/model.spdx.json": text}
+    for text, wrong in ((bill, []), (bill.replace(WEIGHTS, "d4" * 32), ["exports/model.spdx.json"])):
+        texts = {"audit/audit.json": json.dumps(summary), "exports/model.spdx.json": text}
         found, _ = contradictions({name: read(name, content.encode()) or () for name, content in texts.items()})
         assert list(found) == wrong and all("teacher of aligned@student" in one for one in found.values())
 

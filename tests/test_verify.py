@@ -121,7 +121,10 @@ def test_an_online_training_on_tasks_is_reproduced_byte_for_byte(finished: Path)
     assert len(read_table(finished / "data/aligned/math/answers/answers-00000.parquet")) == 12
 
 
-def test_a_dirty_project_is_verified_against_its_record_and_not_changed(root: Path) -> None:
+def test_a_dirty_project_is_verified_against_its_record_and_not_changed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(root / "missing"))  # copies of data are in the project alone
     (root / "data/sources/g.txt").write_text("r1")
     shutil.rmtree(root / "data/inst")
     (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))

@@ -29,8 +29,8 @@ from dagster_project.views.ballot import ballot_page
 from dagster_project.views.comparison import Sample, comparison_page
 from dagster_project.views.conversations import conversation
 from dagster_project.views.data_quality import data_quality_page
+from dagster_project.views.exports import exports_page
 from dagster_project.views.lineage import _diagram, lineage_page
-from dagster_project.views.papers import papers_page
 from dagster_project.views.trained_examples import Piece, TrainedExample
 from dagster_project.views.training import training_page
 
@@ -455,7 +455,7 @@ def ballot(text: Text, tmp_path: Path) -> str:
     )
 
 
-def papers(text: Text, tmp_path: Path) -> str:
+def exports(text: Text, tmp_path: Path) -> str:
     facts = {name: text(name) for name in ("file", "format", "shows", "shows_not", "sha256", "compared")}
     model = {"stage": text("merged@lora"), "md5": text("0.dir"), "sha256": text("1")}
     signed = {
@@ -466,7 +466,7 @@ def papers(text: Text, tmp_path: Path) -> str:
         {"file": name, "compared": text("rows")}
         for name in ("README.md", f"audit/{text('lora')}/training.json", text("other"))
     ]
-    missing = [{name: text(name) for name in ("paper", "why", "next")}]
+    missing = [{name: text(name) for name in ("name", "why", "next")}]
     document = {
         "model": model,
         "issued": text("2026-01-31"),
@@ -475,7 +475,7 @@ def papers(text: Text, tmp_path: Path) -> str:
         "missing": missing,
         "release": release,
     }
-    return papers_page({**document, **signed})
+    return exports_page({**document, **signed})
 
 
 def test_the_page_of_an_audit_lists_files_that_were_only_watched(tmp_path: Path) -> None:
@@ -502,7 +502,7 @@ class Elements(HTMLParser):
             self.text += data
 
 
-@pytest.mark.parametrize("page", [quality, training, alignment, comparison, lineage, ballot, papers])
+@pytest.mark.parametrize("page", [quality, training, alignment, comparison, lineage, ballot, exports])
 def test_hostile_text_in_any_field_of_any_page_stays_text(page: Callable[[Text, Path], str], tmp_path: Path) -> None:
     hostile = page(lambda text: text + HOSTILE, tmp_path / "a")
     harmless = page(lambda text: text + "w" * len(HOSTILE), tmp_path / "b")

@@ -138,14 +138,14 @@ def test_an_audit_says_watched_or_learned(made: Project, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dpo", "ppo"])
-def test_papers_name_the_reward_model_as_watching_or_as_a_part(made: Project, name: str) -> None:
+def test_exports_name_the_reward_model_as_watching_or_as_a_part(made: Project, name: str) -> None:
     subject = find(Index(made.root), f"merged_aligned@{name}")
     summary = summarize(subject)
     assert [one["stage"] for one in summary["watched_by"]] == (["reward_model"] if name in WATCHED else [])
     assert ("reward_model" in summary["stages"], OLD in summary["sources"]) == (name in LEARNED, name in LEARNED)
-    papers = {
-        paper.__name__: paper(summary | {"provider": {}, "data_sets": {}}, date(2026, 1, 2))
-        for paper in (cyclonedx, eu_summary, model_card)
+    exports = {
+        export.__name__: export(summary | {"provider": {}, "data_sets": {}}, date(2026, 1, 2))
+        for export in (cyclonedx, eu_summary, model_card)
     }
     named = {
         "cyclonedx": '"pedigree:watched_by"',
@@ -155,8 +155,10 @@ def test_papers_name_the_reward_model_as_watching_or_as_a_part(made: Project, na
         ),
         "model_card": f"The training of aligned@{name} was watched by reward_model",
     }
-    assert {paper: words in papers[paper] for paper, words in named.items()} == dict.fromkeys(named, name in WATCHED)
-    assert {paper: OLD in text for paper, text in papers.items()} == dict.fromkeys(papers, name in LEARNED)
+    assert {export: words in exports[export] for export, words in named.items()} == dict.fromkeys(
+        named, name in WATCHED
+    )
+    assert {export: OLD in text for export, text in exports.items()} == dict.fromkeys(exports, name in LEARNED)
 
 
 @pytest.mark.parametrize("name", [*SETTINGS])

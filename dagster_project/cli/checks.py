@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,6 @@ log = logging.getLogger("pedigree")
 
 def check(options: argparse.Namespace) -> int:
     """Validate any data set, without a pipeline."""
-    import tempfile
 
     from dagster_project.curation.check_files import check_paths, read_mapping, read_policy
     from dagster_project.curation.checks.checks import Rules
@@ -34,6 +34,7 @@ def check(options: argparse.Namespace) -> int:
     from dagster_project.curation.checks.token_counts import ESTIMATED, tokens_of
     from dagster_project.curation.write_checked import refuse_overwriting
     from dagster_project.lineage.files_at import files_at
+    from dagster_project.lineage.scratch_folder import scratch_folder
     from dagster_project.views.data_quality import data_quality_page
     from dagster_project.views.data_quality_terminal import check_text
     from dagster_project.views.rendered_terminal import rendered_text
@@ -54,10 +55,10 @@ def check(options: argparse.Namespace) -> int:
         raise InputError(f"{base_model}: no tokenizer.json in this folder", "name the folder of a model")
     tokens = tokens_of(base_model) if (base_model / "tokenizer.json").is_file() else ESTIMATED
     show = _show(options)
-    with tempfile.TemporaryDirectory() as folder:
+    with nullcontext() if options.since is None else scratch_folder(Path(options.project)) as folder:
         earlier = list[Path]()
-        if options.since is not None:
-            earlier = files_at(options.since, [Path(path) for path in options.paths], Path(folder))
+        if folder is not None:
+            earlier = files_at(options.since, [Path(path) for path in options.paths], folder)
         document = check_paths(
             options.paths,
             options.format,

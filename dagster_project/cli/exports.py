@@ -96,7 +96,7 @@ def _export_model(options: argparse.Namespace) -> None:
 
 def _export_all(options: argparse.Namespace) -> None:
     """Write all formats, and a page that lists them."""
-    from dagster_project.commands import papers
+    from dagster_project.commands import export_all
 
     if options.out:
         raise InputError("--out cannot be combined with --all", "leave it out: --all names the folder")
@@ -105,14 +105,14 @@ def _export_all(options: argparse.Namespace) -> None:
             "--all: the name of the folder is empty",
             "name a folder, or leave the name out to write into the folder of the release",
         )
-    in_place = options.all is True or papers.is_release(project(options), options.model, options.all)
+    in_place = options.all is True or export_all.is_release(project(options), options.model, options.all)
     if options.key and not options.with_model and not in_place:
         raise InputError(
             "--key requires --with-model", "`pedigree sign FOLDER --key FILE` signs a folder of exports alone"
         )
     if in_place and options.with_model:
         raise InputError(
-            "--with-model: without another folder, papers are written into the folder of the release",
+            "--with-model: without another folder, exports are written into the folder of the release",
             "leave it out, or name a new folder",
         )
     if (options.with_model or in_place) and options.rev:
@@ -123,12 +123,12 @@ def _export_all(options: argparse.Namespace) -> None:
         )
     given = (project(options), options.model)
     if in_place:
-        document = papers.write_in_place(*given, options.issued, options.key)
+        document = export_all.write_in_place(*given, options.issued, options.key)
     elif options.with_model:
-        document = papers.hand_over(*given, Path(options.all), options.issued, options.key)
+        document = export_all.hand_over(*given, Path(options.all), options.issued, options.key)
     else:
-        document = papers.write_exports(*given, Path(options.all), options.rev, options.issued)
-    print_result(options, document, papers.as_text)
+        document = export_all.write_exports(*given, Path(options.all), options.rev, options.issued)
+    print_result(options, document, export_all.as_text)
 
 
 def _add_export(commands: Any) -> None:
@@ -150,7 +150,7 @@ def _add_export(commands: Any) -> None:
         const=True,
         metavar="FOLDER",
         help=(
-            "write all formats to a folder, with papers.html,"
+            "write all formats to a folder, with exports.html,"
             " which lists them (default for a release: its own folder; signed if there is a key)"
         ),
     )

@@ -17,7 +17,7 @@ log = logging.getLogger("pedigree")
 
 def audit(options: argparse.Namespace) -> int:
     """Show the data, parameters and code behind a model, or the differences between two models."""
-    from dagster_project.commands import papers
+    from dagster_project.commands import export_all
     from dagster_project.commands.where import where
     from dagster_project.lineage import lineage, registered
     from dagster_project.lineage.attribution import owners
@@ -50,7 +50,7 @@ def audit(options: argparse.Namespace) -> int:
     subject = lineage.find(Index(root), options.model, options.rev)
     document = lineage.document(subject, options.as_of) | registered.of_model(root, subject.run.md5)
     is_release = subject.run.address == "release" and subject.run.in_workspace
-    if is_release and (note := papers.of_another_version(root, subject.run.md5)):
+    if is_release and (note := export_all.of_another_version(root, subject.run.md5)):
         log.warning(note)
     if options.json or options.html or options.records:
         records, _ = lineage.trained_on(subject)

@@ -120,7 +120,7 @@ def _add_serve(commands: Any) -> None:
 
 
 def push(options: argparse.Namespace) -> None:
-    """Upload a release with its card, license and papers to the Hugging Face Hub, in one commit."""
+    """Upload a release with its card, license and exports to the Hugging Face Hub, in one commit."""
     from dagster_project.commands import push as module
 
     to = module.destination(options.repo, options.private, options.dry_run)
@@ -151,7 +151,7 @@ def _add_push(commands: Any) -> None:
         "--issued",
         type=day,
         metavar="YYYY-MM-DD",
-        help="of the papers (default: the date of the commit that recorded the model)",
+        help="of the exports (default: the date of the commit that recorded the model)",
     )
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from dagster_project.commands.nearest_records import opening
 from dagster_project.commands.outputs import ancestors
-from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.commands.verify import reproduce
 from dagster_project.commands.why import excerpt
 from dagster_project.commands.why_diff import CAVEAT, Change, also_differ, explained
@@ -30,6 +29,7 @@ from dagster_project.lineage.history import LOCK, Revision, commit_of
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import Subject, find
 from dagster_project.lineage.runs import StageRun, outputs
+from dagster_project.lineage.scratch_folder import scratch_folder
 from dagster_project.orchestration import dvc
 from dagster_project.views.texts import text
 
@@ -193,8 +193,8 @@ def bisect(
         "model": model,
         "asked": {"prompt": asked.prompt, "system": asked.system, "expect": asked.expect},
     }
-    with scratch_folder() as scratch:
-        search = Search(root, model, asked, steps, Path(scratch), may_train)
+    with scratch_folder(root) as scratch:
+        search = Search(root, model, asked, steps, scratch, may_train)
         missing = sum(not search.is_cached(i) for i in range(len(steps)))
         log.info(
             f"bisect: {many(len(steps), 'version')}, "

@@ -93,7 +93,7 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
             "entries of its run cache": len(removed["runs"]),
             "objects of remotes": {name: len(oids) for name, oids in removed["remotes"].items()},
             "pages and scratch files": len(plan["files"]),
-            **({"papers in data/release, as a whole": len(plan["papers"])} if plan.get("papers") else {}),
+            **({"exports in data/release, as a whole": len(plan["exports"])} if plan.get("exports") else {}),
             **({"folders of signatures": len(plan["signatures"])} if plan.get("signatures") else {}),
             "files of Dagster, cleaned or deleted": len(plan["dagster"]),
         },

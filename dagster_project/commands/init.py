@@ -30,8 +30,8 @@ from dagster_project.core.layout import RECORD_KEY, report_of
 from dagster_project.core.records import remove
 from dagster_project.curation.sources.hub import HubSplit
 from dagster_project.lineage import code_lock
+from dagster_project.lineage.exports_in_place import COMMENT, IGNORE_LINES
 from dagster_project.lineage.history import LOCK
-from dagster_project.lineage.papers_in_place import COMMENT, IGNORE_LINES
 from dagster_project.pipeline import VARIANTS_OF
 from dagster_project.views.texts import text
 

@@ -23,8 +23,8 @@ from dagster_project.commands.model_files import claim
 from dagster_project.core.errors import InputError
 from dagster_project.lineage import lineage
 from dagster_project.lineage.export.summary import published_parameters
+from dagster_project.lineage.exports_in_place import without_exports
 from dagster_project.lineage.index import Index
-from dagster_project.lineage.papers_in_place import without_papers
 from dagster_project.lineage.signing.target import Target, find
 from dagster_project.views.texts import text
 
@@ -165,7 +165,7 @@ def _write(
             _log(client, run.info.run_id, document, inputs)
             source = f"{NOT_FETCHED}{subject.run.path}@{subject.run.md5}"
             if target:
-                files = sorted(without_papers(target.folder, target.folder.rglob("*")))
+                files = sorted(without_exports(target.folder, target.folder.rglob("*")))
                 for file in (file for file in files if file.is_file()):
                     place = Path("model", file.parent.relative_to(target.folder)).as_posix()
                     client.log_artifact(run.info.run_id, str(file), place)

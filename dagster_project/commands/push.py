@@ -18,8 +18,7 @@ from shlex import quote
 from typing import Any
 from urllib.parse import urlsplit
 
-from dagster_project.commands.papers import RELEASE, hand_over
-from dagster_project.commands.scratch_folder import scratch_folder
+from dagster_project.commands.export_all import RELEASE, hand_over
 from dagster_project.core.documents import read_report
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.hashing import md5_of_file, sha256_of_file
@@ -31,6 +30,7 @@ from dagster_project.lineage import lineage
 from dagster_project.lineage.history import Revision, undeclared
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.provider import provider
+from dagster_project.lineage.scratch_folder import scratch_folder
 from dagster_project.lineage.signing.target import Target, find
 from dagster_project.views.texts import text
 
@@ -113,7 +113,7 @@ def push(
         issued: as for `export`.
     Returns:
         {"repo", "url", "dry_run", "private", "model": {"stage", "md5"}, "files": [{"path", "bytes", "sha256"}],
-        "bytes", "missing": papers, "not_examined": files}; after an upload also {"commit", "before", "deleted"}.
+        "bytes", "missing": exports, "not_examined": files}; after an upload also {"commit", "before", "deleted"}.
     Raises:
         InputError: not a recorded release with its whole lineage; or the Hub refuses the repository or the token.
         CheckFailed: the gate did not pass, the use policy forbids it, or secrets or personal data are in a text.
@@ -128,9 +128,9 @@ def push(
     refuse_failed_gate(root, target, date.today())
     refuse_older(root, target)
     _refuse_by_policy(root, date.today())
-    with scratch_folder("pedigree-push-") as scratch:
-        folder = Path(scratch) / to.repo.rpartition("/")[2]
-        papers = hand_over(root, RELEASE, folder, issued, key)
+    with scratch_folder(root) as scratch:
+        folder = scratch / to.repo.rpartition("/")[2]
+        exports = hand_over(root, RELEASE, folder, issued, key)
         if find(root, RELEASE).lock_text != target.lock_text:  # what was copied may not be what was checked
             raise InputError("dvc.lock changed meanwhile", "run the same command again")
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -149,7 +149,7 @@ def push(
             "model": {"stage": RELEASE, "md5": target.md5},
             "files": [{"path": name, "bytes": sizes[name], "sha256": sha256[name]} for name in files],
             "bytes": sum(sizes.values()),
-            "missing": papers["missing"],
+            "missing": exports["missing"],
             "not_examined": skipped,
         }
         return document if dry_run else document | upload(to, files, sha256, target.md5)

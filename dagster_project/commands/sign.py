@@ -17,8 +17,8 @@ from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import md5_of_file, md5_of_folder, sha256_of_file
 from dagster_project.core.records import write_text
 from dagster_project.lineage.export.folder import FOLDER, PAGE
+from dagster_project.lineage.exports_in_place import names_in
 from dagster_project.lineage.history import LOCK, Revision, is_within, report_at
-from dagster_project.lineage.papers_in_place import names_in
 from dagster_project.lineage.signing import model_signature, provenance
 from dagster_project.lineage.signing.keys import KEY_VARIABLE, PASSWORD_VARIABLE, PrivateKey, private_key
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, IGNORED, PUBLIC_KEY, SIGNATURE
@@ -27,7 +27,7 @@ from dagster_project.views.texts import text
 
 
 def sign(root: Path, model: str, key_file: str | None) -> dict[str, Any]:
-    """Sign all files of a folder. Of a release with papers, its folder is signed in place, with the papers.
+    """Sign all files of a folder. Of a release with exports, its folder is signed in place, with the exports.
 
     Args:
         model: name of a stage, path of its output, content hash, or any folder.
@@ -41,8 +41,8 @@ def sign(root: Path, model: str, key_file: str | None) -> dict[str, Any]:
     key, recorded = private_key(key_file), find(root, model)
     recorded.refuse_unrecorded()
     target = recorded
-    if any(os.path.lexists(target.folder / name) for name in (PAGE, FOLDER) if name in target.papers):
-        target = _with_papers(target)
+    if any(os.path.lexists(target.folder / name) for name in (PAGE, FOLDER) if name in target.exports):
+        target = _with_exports(target)
     target.refuse_other_key(key.public)
     if key_file and Path(key_file).resolve().is_relative_to(target.folder.resolve()):
         raise InputError(
@@ -55,11 +55,11 @@ def sign(root: Path, model: str, key_file: str | None) -> dict[str, Any]:
     return {**_written(target, SIGNATURE, text, key), "files": len(found.files)}
 
 
-def _with_papers(target: Target) -> Target:
-    """The folder of a release with its papers.
+def _with_exports(target: Target) -> Target:
+    """The folder of a release with its exports.
 
     Raises:
-        InputError: these are not its papers.
+        InputError: these are not its exports.
     """
     from dagster_project.commands.verify_signatures import contradictions_in
 
@@ -67,7 +67,7 @@ def _with_papers(target: Target) -> Target:
         file, wrong = next(iter(found.items()))
         raise InputError(
             f"{file} {wrong}: nothing was signed",
-            f"`pedigree export {target.address} --all` writes the papers of this {target.address}",
+            f"`pedigree export {target.address} --all` writes the exports of this {target.address}",
         )
     return target.as_folder()
 
@@ -76,7 +76,7 @@ def files_to_sign(target: Target) -> model_signature.Contents:
     """Raises:
     InputError: there are links among them, or there are none.
     """
-    found = model_signature.contents(target.folder, (*IGNORED, *target.papers))
+    found = model_signature.contents(target.folder, (*IGNORED, *target.exports))
     if found.other:
         raise InputError(
             f"{target.path}/{found.other[0]}: neither a file nor a folder", "sign a copy without links: `cp -rL`"
@@ -207,7 +207,7 @@ class Lineage:
 
     def present(self, deps: Iterable[str], outs: Iterable[str]) -> Present:
         """Everything but folders at or in dependencies and outputs, whether DVC
-        lists it or not, but no papers of a release. Links are not followed."""
+        lists it or not, but no exports of a release. Links are not followed."""
         from dagster_project.orchestration import dvc
 
         paths, outs = {*deps, *outs}, set(outs)

@@ -11,7 +11,7 @@ from typing import Any
 from dagster_project.commands.pipeline_file import update_pipeline
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import write_text
-from dagster_project.lineage import code_lock, papers_in_place
+from dagster_project.lineage import code_lock, exports_in_place
 from dagster_project.views.texts import text
 
 RESULTS = code_lock.PACKAGE / "results_changelog.md"
@@ -53,8 +53,8 @@ def upgrade(root: Path) -> dict[str, Any]:
     if lock != recorded:
         write_text(path, lock.text())
         written.append(code_lock.FILE)
-    if ignored := papers_in_place.add_lines(root):
-        written.append(papers_in_place.IGNORE_FILE)
+    if ignored := exports_in_place.add_lines(root):
+        written.append(exports_in_place.IGNORE_FILE)
     states = dvc.read_stages(root)
     above, stale = parents(states), {}
     for address in states:  # in flow order
@@ -114,5 +114,5 @@ def as_text(document: Mapping[str, Any]) -> str:
         **document,
         before=document["from"],
         distribution=code_lock.DISTRIBUTION,
-        ignore_file=papers_in_place.IGNORE_FILE,
+        ignore_file=exports_in_place.IGNORE_FILE,
     )

@@ -20,7 +20,6 @@ from typing import Any
 from dagster_project.commands import elsewhere
 from dagster_project.commands.new_project import as_yaml
 from dagster_project.commands.outputs import Judged, Outputs, ancestors, producers
-from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.core import params
 from dagster_project.core.errors import INNER, CheckFailed, InputError
 from dagster_project.core.git import git_bytes, refuse_without_git
@@ -31,6 +30,7 @@ from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import PARAMS, value_at, values_in
 from dagster_project.lineage.history import LOCK, Objects, Revision, bytes_of, resolve
 from dagster_project.lineage.runs import part_of, unread_inputs
+from dagster_project.lineage.scratch_folder import scratch_folder
 from dagster_project.lineage.working_folders import working_folders
 from dagster_project.orchestration import dvc, dvc_cache, dvc_run, integrity, processes
 from dagster_project.views.texts import text
@@ -143,8 +143,8 @@ def reproduce(at: Revision, lock: dict[str, Any], addresses: Sequence[str]) -> G
                     f"{name}: dvc.lock records no md5 of {item['path']}, so the stage cannot be reproduced",
                     "copy it into the project, e.g. with `dvc import-url`, and read the copy",
                 )
-    with scratch_folder() as folder:
-        clone = _Clone(at, lock, Objects(at.root), Path(folder).resolve() / "project")
+    with scratch_folder(at.root) as folder:
+        clone = _Clone(at, lock, Objects(at.root), folder / "project")
         clone.fill(addresses)
         outputs = Outputs(at, lock, clone.store, clone.root)
         for name in addresses:
@@ -347,7 +347,9 @@ class _Clone:
             InputError: a command failed with exit code 2.
             CheckFailed: it failed with another exit code.
         """
-        environment = dvc_run.environment_in_copy(self.root, ["DVC_STAGE"], {INNER: "1"})
+        # the copy is in a folder of the project's repository, which is not the copy's
+        outside = {"GIT_CEILING_DIRECTORIES": str(self.root.parent)}
+        environment = dvc_run.environment_in_copy(self.root, ["DVC_STAGE"], {INNER: "1", **outside})
         recorded, shell = self.lock[name]["cmd"], os.environ.get("SHELL") or "/bin/sh"
         for command in recorded if isinstance(recorded, list) else recorded.splitlines():
             with processes.ended_with_its_children(

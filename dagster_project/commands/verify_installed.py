@@ -23,12 +23,12 @@ from packaging.version import InvalidVersion, Version
 from dagster_project.commands.installer import install, paths_of_packages
 from dagster_project.commands.outputs import ancestors
 from dagster_project.commands.requirements import Wheel, versions_in
-from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.core.documents import restoring
 from dagster_project.core.errors import INNER, InputError
 from dagster_project.core.layout import report_of
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.history import Revision, report_at, resolve
+from dagster_project.lineage.scratch_folder import scratch_folder
 from dagster_project.orchestration.processes import ended_with_its_children
 
 log = logging.getLogger("pedigree")
@@ -65,8 +65,7 @@ def verify_installed(root: Path, stage: str, rev: str | None, deep: bool, as_jso
     build = _recorded(Revision(root, rev), stage, deep)
     if build is None:
         return None
-    with scratch_folder("pedigree-environment-") as name:
-        folder = Path(name).resolve()
+    with scratch_folder(root) as folder:
         python = _environment(folder, build)
         command = ["verify", "--project", str(root), *(["--rev", rev] if rev else []), *(["--deep"] if deep else [])]
         command += [*(["--json"] if as_json else []), "--", stage]

@@ -18,8 +18,9 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_file, md5_of_folder, sha256_of_file
 from dagster_project.core.text import listed
 from dagster_project.lineage.export.folder import FOLDER, PAGE
+from dagster_project.lineage.exports_in_place import FORMER
 from dagster_project.lineage.history import LOCK, is_within
-from dagster_project.lineage.signing import model_signature, papers, provenance
+from dagster_project.lineage.signing import claims, model_signature, provenance
 from dagster_project.lineage.signing.envelope import SignatureError
 from dagster_project.lineage.signing.keys import PublicKey, public_key, public_key_of
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, IGNORED, PUBLIC_KEY, SIGNATURE
@@ -60,7 +61,7 @@ def verify_signatures(root: Path, model: str, key_file: str | None) -> dict[str,
     Returns:
         {"model", "folder", "verdict" (docs/signing.md), "key": sha256 of the public key, "key_given", "signature":
         {"file", "files"} or None, "attestations": {"file", "stages", "files", "remade"} or None, "project": both of a
-        release that has signatures in its folder and in the project, "papers": {"documents", "values"} that were
+        release that has signatures in its folder and in the project, "compared": {"documents", "values"} that were
         compared, or None, "findings": [{"file", "wrong"}], "not_checked": what could not be verified}.
     Raises:
         InputError: nothing is signed, or the key given cannot be used.
@@ -68,7 +69,7 @@ def verify_signatures(root: Path, model: str, key_file: str | None) -> dict[str,
     found, given = find(root, model), public_key_of(key_file) if key_file else None
     recorded = found.root is None or any(os.path.lexists(found.signatures / name) for name in (SIGNATURE, ATTESTATIONS))
     if not _has_own_signatures(found, recorded):
-        return _with_unsigned_papers(verify_target(found, given), found)
+        return _with_unsigned_exports(verify_target(found, given), found)
     own = verify_target(found.as_folder(), given, found)
     return _combined(own, verify_target(found, given)) if recorded else own
 
@@ -102,7 +103,7 @@ def verify_target(target: Target, given: PublicKey | None, recorded: Target | No
         verification.check_record(recorded)
     altered = bool(verification.findings)
     if target.root is None and any((target.folder / name).is_file() for name in (PAGE, "audit/audit.json")):
-        verification.check_papers()
+        verification.check_documents()
     if verification.left_out:
         reason = "which signatures leave out" if verification.signature else "which the attestations do not cover"
         verification.not_checked.append(f"{', '.join(sorted(verification.left_out))} in {target.path}, {reason}")
@@ -113,7 +114,7 @@ def verify_target(target: Target, given: PublicKey | None, recorded: Target | No
     elif verification.findings:
         verdict = "contradictory"
     else:
-        incomplete = not signature.is_file() and {PAGE, FOLDER} & (verification.left_out or set())
+        incomplete = not signature.is_file() and {PAGE, FOLDER, *FORMER} & (verification.left_out or set())
         verdict = "incomplete" if incomplete else "verified"
     return {
         "model": target.label,
@@ -123,31 +124,31 @@ def verify_target(target: Target, given: PublicKey | None, recorded: Target | No
         "key_given": given is not None,
         "signature": verification.signature,
         "attestations": verification.attestations,
-        "papers": verification.papers,
+        "compared": verification.compared,
         "findings": [{"file": file, "wrong": wrong} for file, wrong in sorted(verification.findings.items())],
         "not_checked": verification.not_checked,
     }
 
 
 def _has_own_signatures(target: Target, recorded: bool) -> bool:
-    """Whether an output contains its signatures: a release with its papers, or, if the project has none of it, a folder
-    that was handed over, put in its place in a clone. Also if a page says so, and they are missing.
+    """Whether an output contains its signatures: a release with its exports, or, if the project has none of it, a
+    folder that was handed over, put in its place in a clone. Also if a page says so, and they are missing.
 
     Args:
         recorded: whether the project has signatures of it.
     """
-    if target.root is None or (recorded and not target.papers):
+    if target.root is None or (recorded and not target.exports):
         return False
     own = any(os.path.lexists(target.folder / name) for name in (SIGNATURE, ATTESTATIONS))
-    return own or (bool(target.papers) and _key_on_page(target.as_folder()) is not None)
+    return own or (bool(target.exports) and _key_on_page(target.as_folder()) is not None)
 
 
-def _with_unsigned_papers(document: dict[str, Any], target: Target) -> dict[str, Any]:
-    """The document of a release, if papers without a signature are beside its files.
+def _with_unsigned_exports(document: dict[str, Any], target: Target) -> dict[str, Any]:
+    """The document of a release, if exports without a signature are beside its files.
 
     It covers the release alone, and compares what they state.
     """
-    found = [name for name in target.papers if os.path.lexists(target.folder / name)]
+    found = [name for name in target.exports if os.path.lexists(target.folder / name)]
     if not found:
         return document
     verdict, contradictions = document["verdict"], dict[str, str]()
@@ -189,14 +190,14 @@ def contradictions_in(target: Target) -> dict[str, str]:
     files or each other, whether they are signed or not."""
     present = {"file": ATTESTATIONS} if _is_regular(target.folder / ATTESTATIONS) else None
     verification = _Verification(target, attestations=present)
-    verification.check_papers()
+    verification.check_documents()
     return verification.findings
 
 
 def _key_on_page(target: Target) -> str | None:
     """The sha256 of the key that the page in a folder says has signed it."""
     page = target.folder / PAGE
-    return papers.key_on_page(_document(page)) if target.root is None and _is_regular(page) else None
+    return claims.key_on_page(_document(page)) if target.root is None and _is_regular(page) else None
 
 
 def _is_regular(file: Path) -> bool:
@@ -204,7 +205,7 @@ def _is_regular(file: Path) -> bool:
 
 
 def _document(file: Path) -> bytes:
-    return b"" if file.stat().st_size > papers.LARGEST else file.read_bytes()
+    return b"" if file.stat().st_size > claims.LARGEST else file.read_bytes()
 
 
 @dataclass
@@ -219,7 +220,7 @@ class _Verification:
     signed_by: str = ""
     """The sha256 of the key of the signature."""
     attestations: dict[str, Any] | None = None
-    papers: dict[str, Any] | None = None
+    compared: dict[str, Any] | None = None
     stages: Sequence[Attested] = ()
     """Those of the attestations, if they are signed by the key."""
     _sha256: Callable[[Path], str] = field(default_factory=lambda: cache(sha256_of_file))
@@ -307,7 +308,7 @@ class _Verification:
     def _compare_folder(self, last: Attested) -> None:
         """Compare a copy of an output with the statement about its stage."""
         made = {name: digests["sha256"] for name, digests in self._output_of(last).items()}
-        beside = (*IGNORED, PAGE, FOLDER)
+        beside = (*IGNORED, PAGE, FOLDER, *FORMER)
         self._compare_files(
             made, [name for name in beside if not any(is_within(path, name) for path in made)], "attested"
         )
@@ -317,18 +318,18 @@ class _Verification:
     def _output_of(self, stage: Attested) -> dict[str, Mapping[str, str]]:
         """The files of the output that the folder is a copy of, by the statement about its stage."""
         found = model_signature.contents(self.target.folder, IGNORED).files
-        return papers.output_of(stage, {name: self._sha256(file) for name, file in found.items()})
+        return claims.output_of(stage, {name: self._sha256(file) for name, file in found.items()})
 
     def _compare_files(self, expected: Mapping[str, str], ignored: Iterable[str], done: str) -> None:
         """Compare the folder with the sha256 of its files."""
-        found = model_signature.contents(self.target.folder, (*ignored, *self.target.papers))
+        found = model_signature.contents(self.target.folder, (*ignored, *self.target.exports))
         for path, wrong in model_signature.differences(expected, found, self._sha256, done).items():
             by_client = " (by the Hub's client: delete .cache)" if path.startswith(OF_A_DOWNLOAD) else ""
             self.find(f"{self.target.path}/{path}", f"{wrong}{by_client}")
-        left_out = {*found.ignored} - {ATTESTATIONS, PUBLIC_KEY, SIGNATURE, *self.target.papers}
+        left_out = {*found.ignored} - {ATTESTATIONS, PUBLIC_KEY, SIGNATURE, *self.target.exports}
         self.left_out = left_out if self.left_out is None else self.left_out & left_out
 
-    def check_papers(self) -> None:
+    def check_documents(self) -> None:
         """Compare the documents in the folder with its files, with the attestations, and with each other."""
         if self.findings:
             self.not_checked.append("what the documents state: files are not what was signed")
@@ -338,16 +339,16 @@ class _Verification:
         found = {**found, **({ATTESTATIONS: attestations} if self.attestations else {})}
         digests = {name: self._sha256(file) for name, file in found.items()}
         model, others = self._model(found)
-        stated: dict[str, Iterable[papers.Claim]] = {"the files": papers.document_claims(found, digests)}
+        stated: dict[str, Iterable[claims.Claim]] = {"the files": claims.document_claims(found, digests)}
         if self.signed_by:
-            stated[SIGNATURE] = [(papers.THE_KEY, "key sha256", self.signed_by)]
+            stated[SIGNATURE] = [(claims.THE_KEY, "key sha256", self.signed_by)]
         if model:
-            stated["the files of the model"] = papers.of_files(model, digests)
+            stated["the files of the model"] = claims.of_files(model, digests)
         if self.stages:
-            stated[ATTESTATIONS] = papers.of_attestations(self.stages)
-        documents = {name: papers.read(name, _document(found[name])) for name in papers.READERS if name in found}
-        wrong, compared = papers.contradictions(
-            {**stated, **{name: claims for name, claims in documents.items() if claims}}
+            stated[ATTESTATIONS] = claims.of_attestations(self.stages)
+        documents = {name: claims.read(name, _document(found[name])) for name in claims.READERS if name in found}
+        wrong, compared = claims.contradictions(
+            {**stated, **{name: values for name, values in documents.items() if values}}
         )
         for name, what in wrong.items():
             self.find(
@@ -356,34 +357,34 @@ class _Verification:
             )
         if documents.get(PAGE):
             self._compare_links(found)
-        read = [name for name, claims in documents.items() if claims and not papers.lacks(name, claims)]
-        self.papers = {"documents": len(read), "values": compared}
-        unread = [name for name in found if name.startswith(f"{FOLDER}/") and name not in documents]
-        if unread := [*unread, *(name for name, claims in documents.items() if claims is None)]:
+        read = [name for name, values in documents.items() if values and not claims.lacks(name, values)]
+        self.compared = {"documents": len(read), "values": compared}
+        unread = [name for name in found if claims.is_export(name) and name not in documents]
+        if unread := [*unread, *(name for name, values in documents.items() if values is None)]:
             self.not_checked.append(f"what {', '.join(unread)} state: not in a form that is compared")
-        if partly := [name for name, claims in documents.items() if claims and name not in read]:
+        if partly := [name for name, values in documents.items() if values and name not in read]:
             self.not_checked.append(f"all that {', '.join(partly)} state: only a part is in a form that is compared")
         if others:
-            self.not_checked.append(f"{listed(others, 3)}: no paper, and not listed as part of the model")
+            self.not_checked.append(f"{listed(others, 3)}: not an export, and not listed as part of the model")
         self.not_checked += NOT_IN_FILES
         if (self.attestations or {}).get("remade") is None:
             self.not_checked.append(NOT_REMADE)
 
     def _model(self, found: Mapping[str, Path]) -> tuple[dict[str, Path], list[str]]:
         """The files of the model, which the attestations or else release.json
-        list, and the names of those that are neither part of it nor papers."""
-        names = [name for name in papers.files_of_model(found) if name != ATTESTATIONS]
+        list, and the names of those that are neither part of it nor exports."""
+        names = [name for name in claims.files_of_model(found) if name != ATTESTATIONS]
         listed: Callable[[str], bool] | None = (
             set(self._output_of(self.stages[-1])).__contains__ if self.stages else None
         )
-        if listed is None and papers.RELEASE in found:
-            listed = papers.listed_in_release(_document(found[papers.RELEASE]))
+        if listed is None and claims.RELEASE in found:
+            listed = claims.listed_in_release(_document(found[claims.RELEASE]))
         model = {name: found[name] for name in names if listed is not None and listed(name)}
-        return model, [name for name in names if name not in model and name not in papers.READERS]
+        return model, [name for name in names if name not in model and name not in claims.READERS]
 
     def _compare_links(self, found: Mapping[str, Path]) -> None:
-        """Compare the links of the page with the files: each leads to one, and there is one to each paper."""
-        links = papers.links_on_page(_document(found[PAGE]))
+        """Compare the links of the page with the files: each leads to one, and there is one to each export."""
+        links = claims.links_on_page(_document(found[PAGE]))
         present = {*found, SIGNATURE}
         for name in sorted(links - present):
             self.find(f"{self.target.path}/{name}", f"is missing, and {PAGE} lists it")
@@ -396,7 +397,7 @@ class _Verification:
         of that output and, by the attestations, of all stages."""
         assert recorded.root is not None
         found = model_signature.contents(self.target.folder, IGNORED).files
-        model = {name: md5_of_file(found[name]) for name in papers.files_of_model(found)}
+        model = {name: md5_of_file(found[name]) for name in claims.files_of_model(found)}
         if md5_of_folder(model) != recorded.md5:
             self.find(recorded.path, f"is not what dvc.lock recorded for {recorded.address}")
         texts = provenance.lock_texts(recorded.lock_text)

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dagster_project.commands.scratch_folder import scratch_folder
 from dagster_project.commands.why import excerpt
 from dagster_project.commands.why_model import Target, adapter_of
 from dagster_project.commands.why_question import Question, tokenize_parts, tokenizer_of
@@ -26,6 +25,7 @@ from dagster_project.lineage.diff import diff
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import Subject, find
 from dagster_project.lineage.runs import StageRun, fetch_hint
+from dagster_project.lineage.scratch_folder import scratch_folder
 from dagster_project.training.inference.answers import of_row
 from dagster_project.views.texts import text
 
@@ -86,9 +86,9 @@ def answer_diff(root: Path, before: str, after: str, top: int) -> dict[str, Any]
         document["notes"].append(
             f"the first {MOST} of {len(changed)} changed answers are explained, those that became wrong first"
         )
-    with scratch_folder() as scratch:
+    with scratch_folder(root) as scratch:
         targets = [
-            version(root, subject, name, Path(scratch)) for subject, name in zip(subjects, (before, after), strict=True)
+            version(root, subject, name, scratch) for subject, name in zip(subjects, (before, after), strict=True)
         ]
         document["answers"] = explained(targets, changed[:MOST], difference["records"], top)
     return document

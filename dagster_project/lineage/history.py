@@ -21,8 +21,8 @@ from dagster_project.core.git import git, git_bytes, refuse_without_git
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file, md5_of_folder
 from dagster_project.core.layout import report_of
 from dagster_project.core.text import listed
+from dagster_project.lineage.exports_in_place import without_exports
 from dagster_project.lineage.notes import parsed_yaml
-from dagster_project.lineage.papers_in_place import without_papers
 
 LOCK = "dvc.lock"
 LINK, SUBMODULE = "120000", "160000"
@@ -582,7 +582,7 @@ def finished_runs(storage: Path) -> list[Path]:
 
 
 def listing_of(path: Path) -> dict[str, str]:
-    """As `Objects.listing`, of a file or folder on disk, without the papers of a release.
+    """As `Objects.listing`, of a file or folder on disk, without the exports of a release.
 
     Empty if it does not exist.
     """
@@ -590,13 +590,13 @@ def listing_of(path: Path) -> dict[str, str]:
         return {"": md5_of_file(path)}
     return {
         file.relative_to(path).as_posix(): md5_of_file(file)
-        for file in without_papers(path, path.rglob("*"))
+        for file in without_exports(path, path.rglob("*"))
         if file.is_file()
     }
 
 
 def md5_on_disk(folder: Path) -> str:
-    """Hash of a folder on disk without the papers of a release, as DVC identifies it."""
+    """Hash of a folder on disk without the exports of a release, as DVC identifies it."""
     return md5_of_folder(listing_of(folder))
 
 

@@ -26,8 +26,8 @@ from dagster_project.core.layout import PLOTS, REPORTS, report_of
 from dagster_project.core.records import write_text
 from dagster_project.core.text import many
 from dagster_project.lineage.certificates import CERTIFICATES
+from dagster_project.lineage.exports_in_place import without_exports
 from dagster_project.lineage.history import LOST_HINT, Objects, Revision, bytes_of, lost_entries, lost_text, undeclared
-from dagster_project.lineage.papers_in_place import without_papers
 from dagster_project.lineage.working_folders import from_project, working_folders
 from dagster_project.orchestration import dvc, dvc_cache
 from dagster_project.orchestration.dvc import StageState
@@ -40,7 +40,7 @@ SHOWN = 20
 
 def sha256_of(folder: Path, known: dict[str, list[int | str]] | None = None) -> str:
     """sha256 over the lines "<sha256 of file> <path>" of all files in a folder,
-    in the order of their paths, without the papers of a release.
+    in the order of their paths, without the exports of a release.
 
     Args:
         folder: or one file.
@@ -49,7 +49,7 @@ def sha256_of(folder: Path, known: dict[str, list[int | str]] | None = None) -> 
     known = {} if known is None else known
     lines = []
     for path in (
-        sorted(p for p in without_papers(folder, folder.rglob("*")) if p.is_file()) if folder.is_dir() else [folder]
+        sorted(p for p in without_exports(folder, folder.rglob("*")) if p.is_file()) if folder.is_dir() else [folder]
     ):
         stat = path.stat()
         current = [stat.st_mtime_ns, stat.st_ino, stat.st_size]
@@ -344,7 +344,7 @@ class _Examination:
             files: recorded md5 by path in the output; None if unknown.
         """
         target = self.root / path
-        content = [file for file in without_papers(target, target.rglob("*")) if file.is_file()]
+        content = [file for file in without_exports(target, target.rglob("*")) if file.is_file()]
         present = {file.relative_to(target).as_posix(): file for file in content} if target.is_dir() else {"": target}
         hashes = {name: self._hashes(file) for name, file in present.items()}
         recorded = files or {}

@@ -30,8 +30,8 @@ from dagster_project.core.hashing import md5_of_folder, sha256_of_file
 from dagster_project.core.imports import lean_imports
 from dagster_project.core.records import write_text
 from dagster_project.core.text import shortened
+from dagster_project.lineage.exports_in_place import without_exports
 from dagster_project.lineage.history import listing_of
-from dagster_project.lineage.papers_in_place import without_papers
 from dagster_project.lineage.signing.target import Target, find, refuse_in_output
 from dagster_project.views.texts import text
 
@@ -198,7 +198,7 @@ def _write_safetensors(target: Target, origin: Claim, made: Path) -> dict[str, A
         {"files": number, "weights_identical", "left_out": files with records or texts}.
     """
     left_out = []
-    for path in sorted(without_papers(target.folder, target.folder.rglob("*"))):
+    for path in sorted(without_exports(target.folder, target.folder.rglob("*"))):
         name = path.relative_to(target.folder)
         if path.is_dir():
             continue

@@ -10,7 +10,6 @@ import codecs
 import csv
 import gzip
 import io
-import tempfile
 from collections.abc import Callable, Collection, Iterator
 from itertools import compress, pairwise
 from pathlib import Path
@@ -20,17 +19,19 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.text import many
 from dagster_project.curation.sources.files import LENIENT, MAX_ROW_BYTES, is_mmlu, read_blocks, rows_of, suffix_of
 from dagster_project.curation.sources.table_limits import written_out
+from dagster_project.lineage.scratch_folder import scratch_folder
 
 Rows = Collection[int]
 
 
-def without(path: Path, rows: Rows, name: str, may_be_empty: bool = False) -> bytes:
+def without(path: Path, rows: Rows, name: str, may_be_empty: bool = False, root: Path | None = None) -> bytes:
     """The content of a file without some rows.
 
     Args:
         rows: as a ledger numbers them (`source_row`).
         name: of the file, for messages.
         may_be_empty: whether a file without rows can be read.
+        root: project in whose folder a temporary copy is written; None: that of the file.
     Raises:
         InputError: the file type is not supported, no row would be left, or the
             result would not have exactly the other rows.
@@ -53,8 +54,8 @@ def without(path: Path, rows: Rows, name: str, may_be_empty: bool = False) -> by
             "take the source out of params.yaml and delete the file, run the pipeline, then ask again",
         )
     content = WRITERS[suffix](path.read_bytes(), rows)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, path.name)
+    with scratch_folder(root or path.parent) as folder:
+        copy = folder / path.name
         copy.write_bytes(content)
         after = rows_of(read_blocks(copy))
     if [(row.value, row.raw) for row in after] != [(row.value, row.raw) for row in kept]:

@@ -14,8 +14,8 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import find
 from dagster_project.lineage.provider import provider
 
-PAGE = "papers.html"
-FOLDER = "papers"
+PAGE = "exports.html"
+FOLDER = "exports"
 """Folder of the exports, next to the page."""
 
 
@@ -28,7 +28,7 @@ def all_formats(
         issued: default: the date of the first commit that recorded the model.
     Returns:
         (file -> text, {"model", "issued", "commit": commit or None, "exports": [{"format", "file", "sha256", "shows",
-        "shows_not"}], "missing": [{"paper": format, "why", "next", "package": library that is not installed}]}). A
+        "shows_not"}], "missing": [{"name": format, "why", "next", "package": library that is not installed}]}). A
         format is missing if it describes checked records and there are none, or if its library is not installed.
     Raises:
         InputError: as `export`.
@@ -43,7 +43,7 @@ def all_formats(
         if chosen.data_sets and chosen.any_stage and not summary["data_sets"]:
             why = "the model was made from no checked data set, and this format describes those"
             missing.append(
-                {"paper": form, "why": why, "next": "run the pipeline with the stages instructions and splits"}
+                {"name": form, "why": why, "next": "run the pipeline with the stages instructions and splits"}
             )
             continue
         try:
@@ -53,7 +53,7 @@ def all_formats(
             if not package or package.startswith("dagster_project"):
                 raise
             why = f"it requires {package}, which is not installed"
-            missing.append({"paper": form, "why": why, "next": f"install {package}", "package": package})
+            missing.append({"name": form, "why": why, "next": f"install {package}", "package": package})
             continue
         file = f"{FOLDER}/{chosen.file}"
         texts[file] = text

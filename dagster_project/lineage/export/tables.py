@@ -1,4 +1,4 @@
-"""Tables of papers, in Markdown."""
+"""Tables of exports, in Markdown."""
 
 from __future__ import annotations
 

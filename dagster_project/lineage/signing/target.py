@@ -13,8 +13,9 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.layout import PLOTS, REPORTS
+from dagster_project.lineage.exports_in_place import names_in
 from dagster_project.lineage.history import LOCK, Objects, Revision, listing_of, path_exists, resolve, stages_of
-from dagster_project.lineage.papers_in_place import names_in
+from dagster_project.lineage.scratch_folder import FOLDERS
 from dagster_project.lineage.signing.keys import PublicKey
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, PUBLIC_KEY, SIGNATURE
 from dagster_project.lineage.working_folders import from_project, working_folders
@@ -57,8 +58,8 @@ class Target:
         return folder if self.label == self.address else folder / self.path
 
     @property
-    def papers(self) -> tuple[str, ...]:
-        """Names in the folder that are not part of the output: papers of a release, which have a signature in the
+    def exports(self) -> tuple[str, ...]:
+        """Names in the folder that are not part of the output: exports of a release, which have a signature in the
         folder. None of another folder, where they are part of it."""
         return () if self.root is None else names_in(self.folder)
 
@@ -149,7 +150,9 @@ def refuse_in_output(root: Path, option: str, folder: Path, kind: str = "folder"
             raise InputError(f"{option} {folder}: it {_where(given, path)} {dep}, which {name} reads", hint)
     for kept in (".git", ".dvc", SIGNATURES, "dvc.yaml", LOCK, "params.yaml"):
         path = (root / kept).resolve()
-        if given.is_relative_to(path):
+        if (
+            given.is_relative_to(path) and (root / FOLDERS).resolve() not in given.parents
+        ):  # the copy that `push` uploads
             raise InputError(f"{option} {folder}: it {_where(given, path)} {kept}, which is not for exports", hint)
 
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dagster_project.core.errors import Busy
+from dagster_project.lineage import scratch_folder
 from dagster_project.orchestration import dvc, locks, rwlock
 
 log = logging.getLogger("pedigree")
@@ -26,7 +27,7 @@ def one_erasure(root: Path) -> Iterator[None]:
     """Hold the lock of erasures, for a whole command.
 
     Raises:
-        Busy: another erasure runs, or a stage does.
+        Busy: another erasure runs, a stage does, or a command has copies of data.
     """
 
     def refuse(holder: str) -> None:
@@ -36,6 +37,11 @@ def one_erasure(root: Path) -> Iterator[None]:
         states = dvc.read_stages(root)
         if writer := rwlock.writer_of(root, [out for state in states.values() for out in state.outs]):
             raise Busy(f"a stage is being run by {writer}", "wait for it to end, or stop it")
+        if scratch_folder.is_in_use(root):
+            raise Busy(
+                "another command, such as `verify` or `bisect`, works on copies of the data",
+                "wait for it to end, or stop it",
+            )
         # DVC writes it to its table of locked paths, which a kill leaves behind
         given, sys.argv = sys.argv, COMMAND.split()
         try:

@@ -26,7 +26,7 @@ from dagster_project.core.published_ids import CREATE, SAMPLE_KEY, read_key
 from dagster_project.core.records import write_json
 from dagster_project.curation.left_out import is_remote
 from dagster_project.curation.sources.erased import read_erased
-from dagster_project.lineage import code_lock, papers_in_place
+from dagster_project.lineage import code_lock, exports_in_place
 from dagster_project.lineage.erasure import removal
 from dagster_project.lineage.erasure.kinds import DEFAULT, KINDS
 from dagster_project.lineage.erasure.needles import SHORTEST, Needles
@@ -176,7 +176,7 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
         "before": _outputs(index),
         "places": places.document(),
         "searched": places.searched(),
-        "papers": papers_in_place.present(root),
+        "exports": exports_in_place.present(root),
         "signatures": [str(folder.relative_to(root)) for folder in folders_naming(root, sources)],
         "blobs": places.blobs,
         "remotes elsewhere": remotes.elsewhere,
@@ -310,7 +310,7 @@ def _change(root: Path, path: str, rows: Iterable[int], may_be_empty: bool, read
             "erase them where it is kept, and set its new `revision`",
         )
     numbers = sorted(rows)
-    content = removal.without(file, {*numbers}, path, may_be_empty)
+    content = removal.without(file, {*numbers}, path, may_be_empty, root)
     if (before := sha256_of_file(file)) != read.get(path):
         raise InputError(
             f"{path} was changed after its rows were read, so their numbers may be those of others",

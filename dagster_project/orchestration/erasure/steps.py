@@ -19,7 +19,7 @@ from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import sha256_of_bytes, sha256_of_file
 from dagster_project.core.records import remove
 from dagster_project.evaluation.kept_replies import REPLIES
-from dagster_project.lineage import papers_in_place
+from dagster_project.lineage import exports_in_place, scratch_folder
 from dagster_project.lineage.attribution.proof import PROOFS
 from dagster_project.lineage.attribution.store import GRADIENTS
 from dagster_project.lineage.database import INDEX_FILE
@@ -27,7 +27,7 @@ from dagster_project.lineage.erasure import removal, tombstones
 from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.signing.model_signature import ATTESTATIONS, PUBLIC_KEY, SIGNATURE
-from dagster_project.lineage.unfinished_erasure import PLAN
+from dagster_project.lineage.unfinished_erasure import FILE, PLAN
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.erasure import event_log, membership
 from dagster_project.orchestration.erasure.exclusive import no_stage_runs
@@ -123,7 +123,7 @@ class Erasure:
                 raise InputError(
                     f"{path} was changed since the erasure began", "undo the change, then run the same command again"
                 )
-            content = removal.without(file, {*change["rows"]}, path, change["may_be_empty"])
+            content = removal.without(file, {*change["rows"]}, path, change["may_be_empty"], self.root)
             if sha256_of_bytes(content) != change["after"]:
                 raise AssertionError(f"{path}: another result than planned")
             _replace(file, content, self.root / PLAN / COPY, beside)
@@ -226,9 +226,9 @@ class Erasure:
         return present_in(storage, to_remove(listings(folder), holding, retired, needed, own))
 
     def files(self) -> None:
-        """Remove pages and scratch files that hold them, and papers of the
+        """Remove pages and scratch files that hold them, and exports of the
         release and attestations that state hashes of the sources before."""
-        papers_in_place.delete(self.root)
+        exports_in_place.delete(self.root)
         for folder in self.plan.get("signatures", ()):
             for name in (SIGNATURE, ATTESTATIONS, PUBLIC_KEY):
                 (self.root / folder / name).unlink(missing_ok=True)
@@ -236,6 +236,7 @@ class Erasure:
             Path(self.root, path).unlink(missing_ok=True)
         for name in OWN_SCRATCH:
             remove(self.root / ".dvc" / "tmp" / "pedigree" / name)
+        scratch_folder.remove_abandoned(self.root)
         # also pages with a short text, which no search finds: they have the beginning of an id alone
         remove(self.root / WHY)
 
@@ -292,5 +293,9 @@ def _replace(file: Path, content: bytes, scratch: Path, beside: Path) -> None:
 
 
 def finish(root: Path) -> None:
-    """Delete the plan, which holds the text."""
+    """Delete the plan, which holds the text, after what killed commands left beside it: until then, the erasure is
+    unfinished."""
+    for path in (root / PLAN).iterdir():
+        if path != root / FILE:
+            remove(path)
     remove(root / PLAN)

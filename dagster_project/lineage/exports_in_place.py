@@ -1,4 +1,4 @@
-"""The papers in data/release: files that `pedigree export release --all` writes beside those of the release.
+"""The exports in data/release: files that `pedigree export release --all` writes beside those of the release.
 
 DVC ignores them (.dvcignore), and they are not part of the content of the release: whatever lists, hashes or copies it
 leaves them out.
@@ -15,12 +15,14 @@ from dagster_project.core.files import replacing
 from dagster_project.core.records import remove
 
 RELEASE = "data/release"
-"""The only output that has papers in its folder."""
-NAMES = ("papers", "papers.html", "model.sig", "model.intoto.jsonl", "model.pub")
+"""The only output that has exports in its folder."""
+NAMES = ("exports", "exports.html", "model.sig", "model.intoto.jsonl", "model.pub")
 """A folder, the page, signature, attestations and public key."""
+FORMER = ("papers", "papers.html")
+"""The folder and the page as earlier versions named them: they are no longer read, and deleted with the others."""
 IGNORE_FILE = ".dvcignore"
-COMMENT = "# Papers that `pedigree export release --all` writes beside the files of a release: no part of its content."
-IGNORE_LINES = tuple(f"/{RELEASE}/{name}{'/' if name == 'papers' else ''}" for name in NAMES)
+COMMENT = "# Exports that `pedigree export release --all` writes beside the files of a release: no part of its content."
+IGNORE_LINES = tuple(f"/{RELEASE}/{name}{'/' if name == 'exports' else ''}" for name in NAMES)
 
 
 def is_place(folder: Path) -> bool:
@@ -29,24 +31,24 @@ def is_place(folder: Path) -> bool:
 
 
 def names_in(folder: Path) -> tuple[str, ...]:
-    """Names in a folder that are papers, and not part of its content: none, unless it is in the place of a release."""
-    return NAMES if is_place(folder) else ()
+    """Names in a folder that are exports, and not part of its content: none, unless it is in the place of a release."""
+    return (*NAMES, *FORMER) if is_place(folder) else ()
 
 
-def without_papers(folder: Path, files: Iterable[Path]) -> list[Path]:
+def without_exports(folder: Path, files: Iterable[Path]) -> list[Path]:
     """The files in a folder that are its content."""
-    papers = names_in(folder)
-    return [file for file in files if not papers or file.relative_to(folder).parts[0] not in papers]
+    exports = names_in(folder)
+    return [file for file in files if not exports or file.relative_to(folder).parts[0] not in exports]
 
 
 def present(root: Path) -> list[str]:
-    """Names of the papers that a project has in the folder of its release, whatever they are."""
-    return [name for name in NAMES if os.path.lexists(root / RELEASE / name)]
+    """Names of the exports that a project has in the folder of its release, whatever they are."""
+    return [name for name in (*NAMES, *FORMER) if os.path.lexists(root / RELEASE / name)]
 
 
 def delete(root: Path) -> None:
     """Delete all of them."""
-    for name in NAMES:
+    for name in (*NAMES, *FORMER):
         remove(root / RELEASE / name)
 
 

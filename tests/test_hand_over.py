@@ -30,8 +30,8 @@ from dagster_project.lineage.export.responsible import processing
 from dagster_project.lineage.export.summary import from_reports
 from dagster_project.lineage.lineage import audit
 from dagster_project.lineage.signing import provenance
+from dagster_project.lineage.signing.claims import READERS, contradictions, read
 from dagster_project.lineage.signing.keys import private_key
-from dagster_project.lineage.signing.papers import READERS, contradictions, read
 from dagster_project.lineage.signing.target import find as find_target
 
 ISSUED = "2026-01-31"
@@ -47,7 +47,7 @@ def hand_over(root: Path, folder: Path, *more: str) -> int:
 @pytest.fixture(scope="module")
 def _folder(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tool("spdx_python_model")
-    base = tmp_path_factory.mktemp("papers")
+    base = tmp_path_factory.mktemp("exports")
     private, _ = write_keys(base, "p256", "key")
     root = Path(shutil.copytree(_finished, base / "project", symlinks=True))
     assert hand_over(root, base / "handed", "--key", private) == 0
@@ -77,9 +77,9 @@ def test_the_folder_has_the_release_all_exports_and_signatures_and_the_project_i
     _folder: Path, _finished: Path
 ) -> None:
     handed, root = _folder / "handed", _folder / "project"
-    exports = {f"papers/{find(form).file}" for form in formats()}
+    exports = {f"exports/{find(form).file}" for form in formats()}
     release = names(root / "data/release")
-    assert names(handed) == {*release, *exports, "papers.html", *SIGNED} and len(exports) == 7
+    assert names(handed) == {*release, *exports, "exports.html", *SIGNED} and len(exports) == 7
     assert all((handed / name).read_bytes() == (_finished / "data/release" / name).read_bytes() for name in release)
     recorded = YAML(typ="safe").load((root / "dvc.lock").read_text())["stages"]["release"]["outs"][0]
     assert len(release) == recorded["nfiles"] and not (root / "data/signatures").exists()
@@ -88,9 +88,9 @@ def test_the_folder_has_the_release_all_exports_and_signatures_and_the_project_i
     ]
 
 
-def test_the_page_links_every_paper_and_needs_nothing_else(_folder: Path) -> None:
+def test_the_page_links_every_export_and_needs_nothing_else(_folder: Path) -> None:
     handed = _folder / "handed"
-    page = (handed / "papers.html").read_text()
+    page = (handed / "exports.html").read_text()
     assert "default-src 'none'; style-src 'sha256-" in page and "http" not in page.replace("http-equiv", "")
     assert str(_folder) not in page and "<script" not in page and 'id="missing"' not in page
     linked = set(re.findall(r'<a href="([^"#]+)"', page))
@@ -102,12 +102,12 @@ def test_the_page_links_every_paper_and_needs_nothing_else(_folder: Path) -> Non
         "tokenizer_config.json",
         "chat_template.jinja",
     }
-    assert linked == names(handed) - models - {"papers.html"}
+    assert linked == names(handed) - models - {"exports.html"}
     assert f"{len(models)} more files are the model itself" in page
     for name in linked:
         facts = page.split(f'<a href="{name}">')[1].split("</figure>")[0]
         assert "<dt>shows</dt>" in facts and "<dt>does not show</dt>" in facts, name
-        if name.startswith("papers/"):
+        if name.startswith("exports/"):
             assert hashlib.sha256((handed / name).read_bytes()).hexdigest() in facts
     assert hashlib.sha256((_folder / "key.pub").read_bytes()).hexdigest() in page
 
@@ -128,7 +128,7 @@ def test_a_stranger_with_the_package_and_the_folder_alone_verifies_it(
         document["signature"]["files"] == len(names(handed) - {*SIGNED})
         and document["attestations"]["stages"][-1] == "release"
     )
-    assert document["papers"]["documents"] == len(READERS) and document["papers"]["values"] > 100
+    assert document["compared"]["documents"] == len(READERS) and document["compared"]["values"] > 100
     unchecked = " ".join(document["not_checked"])
     for said in (
         "only its project has",
@@ -149,7 +149,7 @@ def test_it_is_verified_in_the_place_of_the_release_in_a_clone_without_data(
     shutil.copytree(handed, clone / "data/release")
     for model in ("release", str(clone / "data/release")):
         document = verify_signatures(clone, model, public)
-        assert document["verdict"] == "verified" and document["folder"] == "data/release" and document["papers"]
+        assert document["verdict"] == "verified" and document["folder"] == "data/release" and document["compared"]
     lock = (clone / "dvc.lock").read_text()
     other = lock.replace(re.findall(r"path: data/release\n\s+hash: md5\n\s+md5: (\w+)", lock)[0], "0" * 32)
     (clone / "dvc.lock").write_text(other)
@@ -159,9 +159,9 @@ def test_it_is_verified_in_the_place_of_the_release_in_a_clone_without_data(
         "dvc.lock: release": "is not what was attested",
     }
     (clone / "dvc.lock").write_text(lock)
-    flip(clone / "data/release/papers/README.md")
+    flip(clone / "data/release/exports/README.md")
     assert [one["file"] for one in verify_signatures(clone, "release", public)["findings"]] == [
-        "data/release/papers/README.md"
+        "data/release/exports/README.md"
     ]
 
 
@@ -196,8 +196,8 @@ def test_a_flipped_bit_in_any_file_or_a_removed_file_fails_and_names_it(handed: 
 
 def test_an_added_file_anywhere_fails_and_is_named(handed: Path, public: str) -> None:
     folders = sorted({str(Path(name).parent) for name in names(handed)})
-    assert {".", "papers", "audit"} < set(folders)
-    for added in [*(Path(folder, "new.json").as_posix() for folder in folders), "papers/sub/new", "new/README.md"]:
+    assert {".", "exports", "audit"} < set(folders)
+    for added in [*(Path(folder, "new.json").as_posix() for folder in folders), "exports/sub/new", "new/README.md"]:
         (handed / added).parent.mkdir(exist_ok=True)
         (handed / added).write_text("{}")
         verdict, found = verified(handed, public)
@@ -205,7 +205,7 @@ def test_an_added_file_anywhere_fails_and_is_named(handed: Path, public: str) ->
         (handed / added).unlink()
 
 
-def test_a_removed_signature_is_named_and_papers_that_nothing_covers_are_not_verified(
+def test_a_removed_signature_is_named_and_exports_that_nothing_covers_are_not_verified(
     handed: Path, public: str
 ) -> None:
     (handed / "model.sig").unlink()
@@ -216,18 +216,38 @@ def test_a_removed_signature_is_named_and_papers_that_nothing_covers_are_not_ver
     flip(handed / "model.safetensors")
     assert verified(handed, public)[1].keys() == {"model.sig", "model.safetensors"}
     flip(handed / "model.safetensors")
-    (handed / "papers/link").symlink_to("/etc/passwd")
-    assert verified(handed, public)[1].keys() == {"model.sig", "papers/link"}
-    (handed / "papers/link").unlink()
-    for name in ("papers.html", "papers/model.spdx.json"):
+    (handed / "exports/link").symlink_to("/etc/passwd")
+    assert verified(handed, public)[1].keys() == {"model.sig", "exports/link"}
+    (handed / "exports/link").unlink()
+    for name in ("exports.html", "exports/model.spdx.json"):
         (handed / name).unlink()
-    (handed / "papers/NEW.md").write_text("x")
+    (handed / "exports/NEW.md").write_text("x")
     document = verify_signatures(handed, str(handed), public)
     assert document["verdict"] == "incomplete" and document["findings"] == []
-    assert f"papers in {handed}, which the attestations do not cover" in document["not_checked"]
+    assert f"exports in {handed}, which the attestations do not cover" in document["not_checked"]
     assert main(["verify", str(handed), "--signatures", "--key", public, "--project", str(handed)]) == 1
-    shutil.rmtree(handed / "papers")
+    shutil.rmtree(handed / "exports")
     assert verified(handed, public) == ("verified", {}), "the attestations cover the release"
+
+
+def test_a_folder_of_an_earlier_version_is_verified_and_what_its_exports_state_is_not_compared(
+    handed: Path, public: str, _folder: Path
+) -> None:
+    (handed / "exports").rename(handed / "papers")
+    (handed / "exports.html").rename(handed / "papers.html")
+    sign(handed.parent, str(handed), str(_folder / "key.pem"))
+    document = verify_signatures(handed, str(handed), public)
+    assert document["verdict"] == "verified" and document["attestations"]
+    [unread] = [one for one in document["not_checked"] if "not in a form that is compared" in one]
+    assert "papers.html" in unread and "papers/bom.cdx.json" in unread
+    for name in ("papers.html", "papers/README.md"):
+        flip(handed / name)
+        assert verified(handed, public)[0] == "altered" and list(verified(handed, public)[1]) == [name]
+        flip(handed / name)
+    (handed / "papers/new.md").write_text("x")
+    assert list(verified(handed, public)[1]) == ["papers/new.md"]
+    (handed / "model.sig").unlink()
+    assert verified(handed, public) == ("incomplete", {}), "the attestations cover the release alone"
 
 
 def test_a_signature_that_is_no_file_is_named(handed: Path, public: str, tmp_path: Path) -> None:
@@ -255,8 +275,8 @@ def test_another_key_fails_and_is_named(handed: Path, public: str, tmp_path: Pat
     verdict, found = verified(handed, None)
     assert (
         verdict == "contradictory"
-        and set(found) == {"papers.html", "model.intoto.jsonl"}
-        and "key sha256" in found["papers.html"]
+        and set(found) == {"exports.html", "model.intoto.jsonl"}
+        and "key sha256" in found["exports.html"]
     )
     assert set(verified(handed, public)[1]) == {"model.sig", "model.pub"}
 
@@ -269,8 +289,8 @@ def test_other_attestations_by_the_same_key_are_named(handed: Path, public: str,
     verdict, found = verified(handed, public)
     assert (
         verdict == "contradictory"
-        and list(found) == ["papers.html"]
-        and "document model.intoto.jsonl" in found["papers.html"]
+        and list(found) == ["exports.html"]
+        and "document model.intoto.jsonl" in found["exports.html"]
     )
 
 
@@ -290,13 +310,13 @@ def signed_again(handed: Path, _folder: Path) -> Iterator[Any]:
         before = {name: (handed / name).read_bytes() for name in texts}
         for name, text in texts.items():
             (handed / name).write_text(text)
-        if not all(name.startswith("papers") for name in texts):
+        if not all(name.startswith("exports") for name in texts):
             before["model.intoto.jsonl"] = (handed / "model.intoto.jsonl").read_bytes()
             (handed / "model.intoto.jsonl").unlink()
         sign(handed.parent, str(handed), private)
         verdict, found = verified(handed, public)
         if "model.intoto.jsonl" in before:
-            assert found.pop("model.intoto.jsonl") == "is missing, and papers.html lists it"
+            assert found.pop("model.intoto.jsonl") == "is missing, and exports.html lists it"
         for name, content in before.items():
             (handed / name).write_bytes(content)
         return verdict, found
@@ -306,7 +326,7 @@ def signed_again(handed: Path, _folder: Path) -> Iterator[Any]:
 
 
 def truth(root: Path) -> dict[str, str]:
-    """Hash -> what it is of, from the files, the reports and dvc.lock of the project: what the papers are about."""
+    """Hash -> what it is of, from the files, the reports and dvc.lock of the project: what the exports are about."""
     stages = YAML(typ="safe").load((root / "dvc.lock").read_text())["stages"]
     base = json.loads((root / "data/reports/base_model.json").read_text())["sha256"]
     read = json.loads((root / "data/release/audit/audit.json").read_text())
@@ -327,13 +347,13 @@ def truth(root: Path) -> dict[str, str]:
 STATED = {
     "audit/audit.json": 11,
     "README.md": 8,
-    "papers/README.md": 9,
-    "papers/bom.cdx.json": 16,
-    "papers/croissant.json": 6,
-    "papers/datasheet.md": 5,
-    "papers/lineage.jsonl": 18,
-    "papers/model.spdx.json": 13,
-    "papers/training-content.md": 3,
+    "exports/README.md": 9,
+    "exports/bom.cdx.json": 16,
+    "exports/croissant.json": 6,
+    "exports/datasheet.md": 5,
+    "exports/lineage.jsonl": 18,
+    "exports/model.spdx.json": 13,
+    "exports/training-content.md": 3,
 }
 """Document -> number of these hashes that it states."""
 
@@ -360,16 +380,16 @@ def test_a_document_with_another_hash_than_the_files_or_other_documents_is_named
         ("audit/audit.json", r'("rows_out": )\d+'),
         ("audit/audit.json", r'("train": )\d+'),
         ("README.md", r"(\| instructions \| )\d+"),
-        ("papers/README.md", r"(\| splits \| \d+ \| )\d+"),
-        ("papers/README.md", r"(\| data/sources/triage\\?_alpaca.json \| )\d+"),
-        ("papers/bom.cdx.json", r'("name": "pedigree:rows",\s+"value": ")\d+'),
-        ("papers/bom.cdx.json", r"(\d+ rows in, )\d+"),
-        ("papers/croissant.json", r'("@id": "splits-train/count".*?"value": )\d+'),
-        ("papers/croissant.json", r'("description": ")\d+(?= rows, layout)'),
-        ("papers/datasheet.md", r"(\| splits \| train \| )\d+"),
-        ("papers/lineage.jsonl", r'("rowCount": )\d+'),
-        ("papers/model.spdx.json", r'("dataset_datasetSize": )\d+'),
-        ("papers/training-content.md", r"(\| data/sources/triage\\?_alpaca.json \| )\d+"),
+        ("exports/README.md", r"(\| splits \| \d+ \| )\d+"),
+        ("exports/README.md", r"(\| data/sources/triage\\?_alpaca.json \| )\d+"),
+        ("exports/bom.cdx.json", r'("name": "pedigree:rows",\s+"value": ")\d+'),
+        ("exports/bom.cdx.json", r"(\d+ rows in, )\d+"),
+        ("exports/croissant.json", r'("@id": "splits-train/count".*?"value": )\d+'),
+        ("exports/croissant.json", r'("description": ")\d+(?= rows, layout)'),
+        ("exports/datasheet.md", r"(\| splits \| train \| )\d+"),
+        ("exports/lineage.jsonl", r'("rowCount": )\d+'),
+        ("exports/model.spdx.json", r'("dataset_datasetSize": )\d+'),
+        ("exports/training-content.md", r"(\| data/sources/triage\\?_alpaca.json \| )\d+"),
     ],
 )
 def test_a_document_that_counts_other_records_is_named(
@@ -377,22 +397,22 @@ def test_a_document_that_counts_other_records_is_named(
 ) -> None:
     text, changes = re.subn(f"(?s){pattern}", r"\g<1>31", (handed / name).read_text(), count=1)
     verdict, found = signed_again(**{name: text})
-    assert changes == 1 and verdict == "contradictory" and set(found) - {"papers.html"}
+    assert changes == 1 and verdict == "contradictory" and set(found) - {"exports.html"}
     assert name in found or name == "audit/audit.json"
     assert any("31" in wrong for wrong in found.values())
 
 
-def test_another_model_under_the_same_papers_is_found_by_their_hashes(handed: Path, signed_again: Any) -> None:
+def test_another_model_under_the_same_exports_is_found_by_their_hashes(handed: Path, signed_again: Any) -> None:
     verdict, found = signed_again(**{"config.json": (handed / "config.json").read_text() + " "})
     stating = {
         "release.json",
-        "papers.html",
-        "papers/README.md",
-        "papers/bom.cdx.json",
-        "papers/datasheet.md",
-        "papers/lineage.jsonl",
-        "papers/model.spdx.json",
-        "papers/training-content.md",
+        "exports.html",
+        "exports/README.md",
+        "exports/bom.cdx.json",
+        "exports/datasheet.md",
+        "exports/lineage.jsonl",
+        "exports/model.spdx.json",
+        "exports/training-content.md",
     }
     assert verdict == "contradictory" and set(found) == stating
 
@@ -401,21 +421,22 @@ def test_a_document_in_another_form_is_not_compared_and_that_is_said(
     handed: Path, signed_again: Any, tmp_path: Path
 ) -> None:
     for text in ("{}", "not JSON", '{"@graph": 3}', '{"@graph": [], "@graph": []}'):
-        verdict, found = signed_again(**{"papers/model.spdx.json": text})
-        assert verdict == "contradictory" and set(found) == {"papers.html"}, "the page names the document by its hash"
-    (handed / "papers.html").unlink()
-    (handed / "papers/model.spdx.json").write_text("{}")
-    (handed / "papers/more.txt").write_text("x")
+        verdict, found = signed_again(**{"exports/model.spdx.json": text})
+        assert verdict == "contradictory" and set(found) == {"exports.html"}, "the page names the document by its hash"
+    (handed / "exports.html").unlink()
+    (handed / "exports/model.spdx.json").write_text("{}")
+    (handed / "exports/more.txt").write_text("x")
     assert signed_again() == ("verified", {})
     document = verify_signatures(handed, str(handed), None)
     assert (
-        "what papers/more.txt, papers/model.spdx.json state: not in a form that is compared" in document["not_checked"]
+        "what exports/more.txt, exports/model.spdx.json state: not in a form that is compared"
+        in document["not_checked"]
     )
 
 
-def test_papers_are_those_that_the_page_lists(handed: Path, public: str, _folder: Path) -> None:
-    (handed / "papers/croissant.json").unlink()
-    (handed / "papers/more.txt").write_text("x")
+def test_exports_are_those_that_the_page_lists(handed: Path, public: str, _folder: Path) -> None:
+    (handed / "exports/croissant.json").unlink()
+    (handed / "exports/more.txt").write_text("x")
     (handed / "audit/audit.json").rename(handed / "audit.json")
     (handed / "model.sig").unlink()
     sign(handed.parent, str(handed), str(_folder / "key.pem"))
@@ -424,10 +445,10 @@ def test_papers_are_those_that_the_page_lists(handed: Path, public: str, _folder
         "contradictory",
         {
             **dict.fromkeys(
-                ("papers/croissant.json", "audit/audit.json", "model.intoto.jsonl"),
-                "is missing, and papers.html lists it",
+                ("exports/croissant.json", "audit/audit.json", "model.intoto.jsonl"),
+                "is missing, and exports.html lists it",
             ),
-            "papers/more.txt": "is not listed in papers.html",
+            "exports/more.txt": "is not listed in exports.html",
             **{name: wrong for name, wrong in verified(handed, public)[1].items() if "the model has" in wrong},
         },
     )
@@ -439,18 +460,18 @@ SOURCE, ROW = "data/sources/triage_alpaca.json", r"\n\| data/sources/triage\\?_a
 @pytest.mark.parametrize(
     ("name", "pattern", "told"),
     [
-        ("papers/training-content.md", ROW, "the model has sources"),
-        ("papers/datasheet.md", ROW, "the model has sources"),
-        ("papers/README.md", ROW, "the model has sources"),
-        ("papers/training-content.md", "Apache-2.0(?= \\| \\*missing)", f"source {SOURCE} has license"),
-        ("papers/README.md", "Apache-2.0(?= \\| `)", f"source {SOURCE} has license"),
+        ("exports/training-content.md", ROW, "the model has sources"),
+        ("exports/datasheet.md", ROW, "the model has sources"),
+        ("exports/README.md", ROW, "the model has sources"),
+        ("exports/training-content.md", "Apache-2.0(?= \\| \\*missing)", f"source {SOURCE} has license"),
+        ("exports/README.md", "Apache-2.0(?= \\| `)", f"source {SOURCE} has license"),
         (
-            "papers/bom.cdx.json",
+            "exports/bom.cdx.json",
             '(?<=source:data/sources/replies_messages.jsonl").{1,250}?"id": "\\KApache-2.0',
             "has license",
         ),
-        ("papers/croissant.json", '(?<="license": ")Apache-2.0', f"source {SOURCE} has license"),
-        ("papers/model.spdx.json", '(?<="simplelicensing_licenseExpression": ")Apache-2.0', "has license"),
+        ("exports/croissant.json", '(?<="license": ")Apache-2.0', f"source {SOURCE} has license"),
+        ("exports/model.spdx.json", '(?<="simplelicensing_licenseExpression": ")Apache-2.0', "has license"),
     ],
 )
 def test_a_document_without_a_source_or_with_another_license_is_named(
@@ -463,32 +484,34 @@ def test_a_document_without_a_source_or_with_another_license_is_named(
         (handed / name).read_text(),
         count=1,
     )
-    page = (handed / "papers.html").read_text()
+    page = (handed / "exports.html").read_text()
     digests = [hashlib.sha256(one.encode()).hexdigest() for one in ((handed / name).read_text(), text)]
-    verdict, found = signed_again(**{name: text, "papers.html": page.replace(*digests)})
+    verdict, found = signed_again(**{name: text, "exports.html": page.replace(*digests)})
     assert changes == 1 and verdict == "contradictory" and told in found[name]
 
 
 @pytest.mark.parametrize(
     ("name", "before", "after"),
     [
-        ("papers/README.md", "- content: sha256", "- content: sha-256"),
-        ("papers/training-content.md", "**Versioned model name(s):**", "**Model:**"),
-        ("papers/datasheet.md", "Versions are named by content hash", "Versions are named by hash"),
+        ("exports/README.md", "- content: sha256", "- content: sha-256"),
+        ("exports/training-content.md", "**Versioned model name(s):**", "**Model:**"),
+        ("exports/datasheet.md", "Versions are named by content hash", "Versions are named by hash"),
     ],
 )
 def test_a_document_that_is_read_in_part_is_not_counted_as_compared(
     handed: Path, public: str, _folder: Path, name: str, before: str, after: str
 ) -> None:
-    text, page = (handed / name).read_text(), (handed / "papers.html").read_text()
+    text, page = (handed / name).read_text(), (handed / "exports.html").read_text()
     changed = text.replace(before, after)
     (handed / name).write_text(changed)
-    (handed / "papers.html").write_text(
+    (handed / "exports.html").write_text(
         page.replace(*(hashlib.sha256(one.encode()).hexdigest() for one in (text, changed)))
     )
     sign(handed.parent, str(handed), str(_folder / "key.pem"))
     document = verify_signatures(handed, str(handed), public)
-    assert changed != text and document["verdict"] == "verified" and document["papers"]["documents"] == len(READERS) - 1
+    assert (
+        changed != text and document["verdict"] == "verified" and document["compared"]["documents"] == len(READERS) - 1
+    )
     assert f"all that {name} state: only a part is in a form that is compared" in document["not_checked"]
     row = re.sub(r"(\| `?)[0-9a-f]{64}", r"\g<1>0000", text)
     assert read(name, row.encode()) is None, "a row in another form"
@@ -500,14 +523,14 @@ def test_files_that_are_not_of_the_model_are_named_and_contradict_nothing(
     private, public = str(_folder / "key.pem"), str(_folder / "key.pub")
     (handed / "model.intoto.jsonl").unlink()
     (handed / "NOTICE.txt").write_text("x")
-    (handed / "papers.html").write_text('<a href="https://example.org">papers of somebody else</a>')
+    (handed / "exports.html").write_text('<a href="https://example.org">exports of somebody else</a>')
     sign(tmp_path, str(handed), private)
     document = verify_signatures(handed, str(handed), public)
     assert (
         document["verdict"] == "verified"
-        and "NOTICE.txt: no paper, and not listed as part of the model" in document["not_checked"]
+        and "NOTICE.txt: not an export, and not listed as part of the model" in document["not_checked"]
     )
-    assert "what papers.html state: not in a form that is compared" in document["not_checked"]
+    assert "what exports.html state: not in a form that is compared" in document["not_checked"]
     folder = tmp_path / "exports"
     assert (
         main(["export", "release", "--all", str(folder), "--issued", ISSUED, "--project", str(_folder / "project")])
@@ -519,7 +542,7 @@ def test_files_that_are_not_of_the_model_are_named_and_contradict_nothing(
     document = verify_signatures(folder, str(folder), public)
     assert (
         document["verdict"] == "verified"
-        and "index.html: no paper, and not listed as part of the model" in document["not_checked"]
+        and "index.html: not an export, and not listed as part of the model" in document["not_checked"]
     )
 
 
@@ -556,7 +579,7 @@ def test_names_of_sources_are_read_as_they_were_written() -> None:
     }
     for form in ("eu-summary", "datasheet"):
         chosen = find(form)
-        claims = read(f"papers/{chosen.file}", chosen.write(summary, date(2026, 1, 31)).encode())
+        claims = read(f"exports/{chosen.file}", chosen.write(summary, date(2026, 1, 31)).encode())
         assert claims is not None and {(f"source {name}", "rows", "7"), (f"source {name}", "sha256", digest)} <= set(
             claims
         )
@@ -612,9 +635,9 @@ def test_model_signing_verifies_the_folder_and_we_verify_it_signed_by_model_sign
     signature = str(handed / "model.sig")
     verify = ("verify", "key", str(handed), "--signature", signature, "--public_key", public)
     assert oracle(*verify).returncode == 0
-    flip(handed / "papers/croissant.json")
-    assert oracle(*verify).returncode != 0 and list(verified(handed, public)[1]) == ["papers/croissant.json"]
-    flip(handed / "papers/croissant.json")
+    flip(handed / "exports/croissant.json")
+    assert oracle(*verify).returncode != 0 and list(verified(handed, public)[1]) == ["exports/croissant.json"]
+    flip(handed / "exports/croissant.json")
     (handed / "model.sig").unlink()
     done = oracle(
         "sign",
@@ -629,8 +652,8 @@ def test_model_signing_verifies_the_folder_and_we_verify_it_signed_by_model_sign
     )
     assert done.returncode == 0, done.stderr
     assert verified(handed, public) == ("verified", {})
-    flip(handed / "papers.html")
-    assert list(verified(handed, public)[1]) == ["papers.html"]
+    flip(handed / "exports.html")
+    assert list(verified(handed, public)[1]) == ["exports.html"]
 
 
 def test_what_is_missing_is_on_the_page_and_names_its_next_step(
@@ -641,13 +664,13 @@ def test_what_is_missing_is_on_the_page_and_names_its_next_step(
     folder = tmp_path / "handed"
     assert hand_over(_folder / "project", folder, "--json") == 0
     document = json.loads(capsys.readouterr().out)
-    assert [one["paper"] for one in document["missing"]] == ["spdx", "signature, attestations"] and document[
+    assert [one["name"] for one in document["missing"]] == ["spdx", "signature, attestations"] and document[
         "signature"
     ] is None
-    page = (folder / "papers.html").read_text()
+    page = (folder / "exports.html").read_text()
     missing = page.split('<section id="missing"')[1].split("</section>")[0]
     assert "requires spdx_python_model" in missing and "pedigree-llm[trust]" in missing and "--key" in missing
-    assert "not signed when this page was written" in page and not {*SIGNED, "papers/model.spdx.json"} & names(folder)
+    assert "not signed when this page was written" in page and not {*SIGNED, "exports/model.spdx.json"} & names(folder)
     assert main(["verify", str(folder), "--signatures", "--project", str(folder)]) == 2
     assert "has no signatures" in capsys.readouterr().err
     sign(tmp_path, str(folder), str(_folder / "key.pem"))
@@ -734,8 +757,8 @@ def test_exports_that_are_now_missing_are_deleted_and_a_path_makes_no_other_fold
     ]
     assert main(arguments) == 0 and len(names(tmp_path / "exports")) == 8
     monkeypatch.setitem(sys.modules, "spdx_python_model", None)
-    (tmp_path / "exports/papers/own.txt").write_text("x")
-    assert main(arguments) == 0 and "papers/own.txt" in names(tmp_path / "exports")
-    assert "papers/model.spdx.json" not in names(tmp_path / "exports")
+    (tmp_path / "exports/exports/own.txt").write_text("x")
+    assert main(arguments) == 0 and "exports/own.txt" in names(tmp_path / "exports")
+    assert "exports/model.spdx.json" not in names(tmp_path / "exports")
     assert hand_over(_folder / "project", tmp_path / "other/../handed") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exports", "handed"]

@@ -21,10 +21,10 @@ from dagster_project.core.errors import Busy, InputError
 from dagster_project.core.records import write_text
 from dagster_project.lineage.export import registry
 from dagster_project.lineage.export.folder import FOLDER, PAGE, all_formats
+from dagster_project.lineage.exports_in_place import FORMER, IGNORE_FILE, IGNORE_LINES, NAMES, delete, missing_lines
+from dagster_project.lineage.exports_in_place import RELEASE as RELEASE_FOLDER
 from dagster_project.lineage.history import md5_on_disk
-from dagster_project.lineage.papers_in_place import IGNORE_FILE, IGNORE_LINES, NAMES, delete, missing_lines
-from dagster_project.lineage.papers_in_place import RELEASE as RELEASE_FOLDER
-from dagster_project.lineage.signing import papers
+from dagster_project.lineage.signing import claims
 from dagster_project.lineage.signing.keys import KEY_VARIABLE, PrivateKey, private_key
 from dagster_project.lineage.signing.model_signature import (
     ATTESTATIONS,
@@ -39,7 +39,7 @@ from dagster_project.lineage.signing.model_signature import (
 )
 from dagster_project.lineage.signing.target import Target, find, refuse_in_output
 from dagster_project.orchestration import locks
-from dagster_project.views.papers import papers_page
+from dagster_project.views.exports import exports_page
 from dagster_project.views.texts import text
 
 RELEASE = "release"
@@ -83,24 +83,24 @@ def hand_over(root: Path, model: str, folder: Path, issued: date | None, key_fil
     target = _release(
         root, model, f"--with-model copies a {RELEASE} only", f"name {RELEASE}, or leave out --with-model", folder
     )
-    papers_of = _Papers.of(target, model, issued, key)
+    exports = _Exports.of(target, model, issued, key)
     with new_folder(folder, "--all") as made:
-        document = papers_of.write(made, _copy(target, made), folder.resolve().name)
+        document = exports.write(made, _copy(target, made), folder.resolve().name)
     return {**document, "folder": str(folder), "page": PAGE}
 
 
 def write_in_place(root: Path, model: str, issued: date | None, key_file: str | None) -> dict[str, Any]:
-    """Write the papers of a release beside its files, over those of an earlier export.
+    """Write the exports of a release beside its files, over those of an earlier export.
 
-    The files of the release stay as they are, and DVC ignores the papers.
+    The files of the release stay as they are, and DVC ignores the exports.
 
     Args:
         key_file: as for `hand_over`.
     Returns:
         As `hand_over`.
     Raises:
-        InputError: as `hand_over`, or DVC would report the papers as a change of the release.
-        Busy: the release is being run, or another export writes its papers.
+        InputError: as `hand_over`, or DVC would report the exports as a change of the release.
+        Busy: the release is being run, or another export writes its exports.
     """
     key, only = _key(key_file), f"--all without a folder writes beside the files of a {RELEASE} only"
     target = _release(root, model, only, "name a folder: --all FOLDER")
@@ -108,20 +108,20 @@ def write_in_place(root: Path, model: str, issued: date | None, key_file: str | 
         target.refuse_other_key(key.public)
     elif os.path.lexists(target.folder / SIGNATURE):
         raise InputError(
-            f"{target.path}/{SIGNATURE} signs the papers there, and papers without a key would replace them",
+            f"{target.path}/{SIGNATURE} signs the exports there, and exports without a key would replace them",
             f"name the key (--key FILE), or delete {SIGNATURE} first",
         )
     _refuse_unignored(root)
-    papers_of = _Papers.of(target, model, issued, key)
+    exports = _Exports.of(target, model, issued, key)
     scratch_of_project = root / ".dvc" / "tmp" / "pedigree"
     try:
         scratch_of_project.mkdir(parents=True, exist_ok=True)
         with (
             locks.hold(root, target.address, _refuse_busy),
-            tempfile.TemporaryDirectory(prefix="papers.", dir=scratch_of_project) as scratch,
+            tempfile.TemporaryDirectory(prefix="exports.", dir=scratch_of_project) as scratch,
         ):
-            document = papers_of.write(
-                Path(scratch), contents(target.folder, (*IGNORED, *NAMES)), target.folder.name, target.folder
+            document = exports.write(
+                Path(scratch), contents(target.folder, (*IGNORED, *target.exports)), target.folder.name, target.folder
             )
             delete(root)
             if not target.folder.is_dir():  # DVC removes an output before its stage takes the lock
@@ -149,32 +149,33 @@ def _refuse_busy(holder: str) -> None:
 
 
 def is_release(root: Path, model: str, folder: str) -> bool:
-    """Whether a folder is that of the release whose papers are asked for."""
+    """Whether a folder is that of the release whose exports are asked for."""
     return Path(folder).resolve() == (root / RELEASE_FOLDER).resolve() and find(root, model).address == RELEASE
 
 
 def of_another_version(root: Path, md5: str) -> str:
-    """A line about papers beside the files of the release that are those of another one, as `dvc checkout` leaves them.
+    """A line about exports beside the files of the release that an earlier version of Pedigree wrote, or that are those
+    of another release, as `dvc checkout` leaves them.
 
     Empty if there are none.
 
     Args:
         md5: content hash of the release.
     """
+    then = f"`pedigree export {RELEASE} --all` replaces them"
+    if former := [f"{RELEASE_FOLDER}/{name}" for name in FORMER if os.path.lexists(root / RELEASE_FOLDER / name)]:
+        return f"{' and '.join(former)}: exports by an earlier version of Pedigree, which are not compared: {then}"
     page = root / RELEASE_FOLDER / PAGE
-    claims = papers.read(PAGE, page.read_bytes()) if page.is_file() and page.stat().st_size <= papers.LARGEST else None
-    stated = [value for subject, key, value in claims or () if (subject, key) == (papers.THE_MODEL, "md5")]
+    read = claims.read(PAGE, page.read_bytes()) if page.is_file() and page.stat().st_size <= claims.LARGEST else None
+    stated = [value for subject, key, value in read or () if (subject, key) == (claims.THE_MODEL, "md5")]
     if not stated or stated[0] == md5.removesuffix(".dir"):
         return ""
-    return (
-        f"{RELEASE_FOLDER}/{PAGE} and the papers it lists are of another release (md5 {stated[0][:12]}):"
-        f" `pedigree export {RELEASE} --all` replaces them"
-    )
+    return f"{RELEASE_FOLDER}/{PAGE} and the exports it lists are of another release (md5 {stated[0][:12]}): {then}"
 
 
 def _refuse_unignored(root: Path) -> None:
     """Raises:
-    InputError: DVC would report the papers as a change of the release.
+    InputError: DVC would report the exports as a change of the release.
     """
     if find_spec("dvc") is None:
         missing = missing_lines(root)
@@ -185,7 +186,7 @@ def _refuse_unignored(root: Path) -> None:
     if missing:
         raise InputError(
             f"{IGNORE_FILE} does not list {', '.join(missing)},"
-            " so DVC would report papers there as a change of the release",
+            " so DVC would report exports there as a change of the release",
             f"add a line for each at the end of {IGNORE_FILE},"
             " as `pedigree upgrade` does in a project with an installed package",
         )
@@ -196,8 +197,8 @@ def _key(key_file: str | None) -> PrivateKey | None:
 
 
 @dataclass(frozen=True)
-class _Papers:
-    """The papers of a release."""
+class _Exports:
+    """The exports of a release."""
 
     target: Target
     texts: Mapping[str, str]
@@ -206,13 +207,13 @@ class _Papers:
     attested: Mapping[str, Any] | None
 
     @classmethod
-    def of(cls, target: Target, model: str, issued: date | None, key: PrivateKey | None) -> _Papers:
+    def of(cls, target: Target, model: str, issued: date | None, key: PrivateKey | None) -> _Exports:
         assert target.root is not None
         texts, document = all_formats(target.root, model, None, issued)
         return cls(target, texts, document, key, _attestations(target, key) if key else None)
 
     def write(self, folder: Path, found: Contents, name: str, of_release: Path | None = None) -> dict[str, Any]:
-        """Write the papers to a folder, and sign it if there is a key.
+        """Write the exports to a folder, and sign it if there is a key.
 
         Args:
             found: the files of the release.
@@ -249,13 +250,13 @@ def _release(root: Path, model: str, only: str, then: str, folder: Path | None =
     if folder is not None:
         _refuse_place(root, folder)
     target.refuse_unrecorded()
-    found = contents(target.folder, (*IGNORED, *NAMES))
+    found = contents(target.folder, (*IGNORED, *target.exports))
     if links := [name for name in found.other if (target.folder / name).is_symlink()]:
         raise InputError(
             f"{target.path}/{links[0]}: is a link, and only files are copied",
             "`dvc config cache.type copy`, then `dvc checkout --relink`",
         )
-    if wrong := [*found.other, *(name for name in found.ignored if name not in NAMES)]:
+    if wrong := [*found.other, *(name for name in found.ignored if name not in target.exports)]:
         raise InputError(
             f"{target.path}/{wrong[0]}: a release does not contain this", f"make it again: `dvc repro {RELEASE}`"
         )
@@ -278,7 +279,7 @@ def _copy(target: Target, made: Path) -> Contents:
     Raises:
         InputError: it changed while it was copied.
     """
-    for name, file in contents(target.folder, (*IGNORED, *NAMES)).files.items():
+    for name, file in contents(target.folder, (*IGNORED, *target.exports)).files.items():
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, made / name)
     if md5_on_disk(made) != target.md5:
@@ -322,21 +323,21 @@ def _signed_facts(key: PrivateKey | None, attested: Mapping[str, Any] | None) ->
 
 
 def _complete(document: Mapping[str, Any], found: Contents | None = None) -> dict[str, Any]:
-    """Add what `verify --signatures` compares in each export, the papers in the
+    """Add what `verify --signatures` compares in each export, the exports in the
     files of a release, and what is missing.
 
     Args:
         found: the files of the release; None for a folder of exports alone.
     """
-    exports = [{**one, "compared": papers.compared_in(one["file"])} for one in document["exports"]]
+    exports = [{**one, "compared": claims.compared_in(one["file"])} for one in document["exports"]]
     missing = [_with_extra(one) for one in document["missing"]]
     if found is None:
         return {**document, "exports": exports, "missing": missing}
     if not document["signature"]:
         missing.append(
-            {"paper": "signature, attestations", "why": NO_KEY, "next": "run the command again with --key FILE"}
+            {"name": "signature, attestations", "why": NO_KEY, "next": "run the command again with --key FILE"}
         )
-    inside = [{"file": name, "compared": papers.compared_in(name)} for name in found.files]
+    inside = [{"file": name, "compared": claims.compared_in(name)} for name in found.files]
     return {**document, "exports": exports, "release": inside, "missing": missing}
 
 
@@ -355,12 +356,12 @@ def _delete_others(folder: Path, texts: Mapping[str, str]) -> None:
 
 
 def _write(folder: Path, texts: Mapping[str, str], document: Mapping[str, Any]) -> None:
-    for name, content in {**texts, PAGE: papers_page(document)}.items():
+    for name, content in {**texts, PAGE: exports_page(document)}.items():
         write_text(folder / name, content)
 
 
 def as_text(document: Mapping[str, Any]) -> str:
     """What was written, for the terminal."""
     return text(
-        "papers", **{"attestations": None, "signature": None, **document}, quoted=shlex.quote(str(document["folder"]))
+        "exports", **{"attestations": None, "signature": None, **document}, quoted=shlex.quote(str(document["folder"]))
     )

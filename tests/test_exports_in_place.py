@@ -1,4 +1,4 @@
-"""Papers beside the files of a release: DVC reports no change, the folder alone is verified by a stranger, papers of
+"""Exports beside the files of a release: DVC reports no change, the folder alone is verified by a stranger, exports of
 another version are refused, and nothing that hashes, copies or publishes the release takes them for a part of it."""
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from builders.small_pipeline import commit
 from conftest import dvc, edit_params, pedigree, run, tool
 
 from dagster_project.__main__ import main
-from dagster_project.commands import papers as commands_papers
+from dagster_project.commands import export_all
 from dagster_project.commands.init import DVC_FILES
 from dagster_project.commands.sign import attest, sign
 from dagster_project.commands.verify_signatures import as_text, verify_signatures
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_folder
-from dagster_project.lineage import papers_in_place
+from dagster_project.lineage import exports_in_place
 from dagster_project.lineage.export.folder import FOLDER, PAGE
 from dagster_project.lineage.export.registry import find, formats
 from dagster_project.lineage.history import listing_of
@@ -43,7 +43,7 @@ ISSUED = ("--issued", "2026-01-31")
 RELEASE = "data/release"
 
 
-def write_papers(root: Path, *more: str) -> int:
+def write_exports(root: Path, *more: str) -> int:
     return main(["export", "release", "--all", *ISSUED, "--project", str(root), *more])
 
 
@@ -60,11 +60,11 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def _signed(_finished: Path, keys: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished, committed project with signed papers beside the files of its release."""
+    """A finished, committed project with signed exports beside the files of its release."""
     tool("spdx_python_model")
     root = Path(shutil.copytree(_finished, tmp_path_factory.mktemp("signed") / "project", symlinks=True))
     commit(root, "ran")
-    assert write_papers(root, "--key", keys[0]) == 0
+    assert write_exports(root, "--key", keys[0]) == 0
     return root
 
 
@@ -81,25 +81,25 @@ def verdict(root: Path, model: str, public: str | None) -> tuple[str, dict[str, 
 
 
 def test_the_names_are_those_that_exports_and_signatures_have() -> None:
-    assert set(papers_in_place.NAMES) == {FOLDER, PAGE, SIGNATURE, ATTESTATIONS, PUBLIC_KEY}
+    assert set(exports_in_place.NAMES) == {FOLDER, PAGE, SIGNATURE, ATTESTATIONS, PUBLIC_KEY}
     ignored = (Path(__file__).parents[1] / ".dvcignore").read_text().splitlines()
-    assert ignored[-6:] == [papers_in_place.COMMENT, *papers_in_place.IGNORE_LINES]
+    assert ignored[-6:] == [exports_in_place.COMMENT, *exports_in_place.IGNORE_LINES]
     assert DVC_FILES[".dvcignore"].splitlines()[-6:] == ignored[-6:], "new projects have them, too"
 
 
-def test_the_papers_are_beside_the_release_and_dvc_and_git_report_nothing(signed: Path, _finished: Path) -> None:
+def test_the_exports_are_beside_the_release_and_dvc_and_git_report_nothing(signed: Path, _finished: Path) -> None:
     release, before = signed / RELEASE, _finished / RELEASE
-    papers = {
-        *(f"papers/{find(form).file}" for form in formats()),
-        "papers.html",
+    exports = {
+        *(f"exports/{find(form).file}" for form in formats()),
+        "exports.html",
         "model.sig",
         "model.intoto.jsonl",
         "model.pub",
     }
-    assert names(release) == names(before) | papers and not names(before) & papers and len(papers) == 11
+    assert names(release) == names(before) | exports and not names(before) & exports and len(exports) == 11
     assert all((release / name).read_bytes() == (before / name).read_bytes() for name in names(before))
     assert is_clean(signed) and run(["git", "status", "--porcelain"], signed).stdout == ""
-    assert not list((signed / ".dvc/tmp/pedigree").glob("papers.*"))
+    assert not list((signed / ".dvc/tmp/pedigree").glob("exports.*"))
     (release / "other.txt").write_text("x")
     assert not is_clean(signed), "other files are reported"
 
@@ -125,13 +125,13 @@ def test_a_stranger_with_the_folder_and_the_package_alone_verifies_it(
             document["signature"]["files"] == len(names(place)) - 3
             and document["attestations"]["stages"][-1] == "release"
         )
-        assert document["papers"]["values"] > 100
+        assert document["compared"]["values"] > 100
     other = Path(shutil.copytree(place, tmp_path / "published"))
     assert verdict(tmp_path, str(other), keys[1]) == ("verified", {}), "under any other name, too"
 
 
 @pytest.mark.long
-def test_every_changed_added_or_removed_paper_is_named(signed: Path, keys: tuple[str, str]) -> None:
+def test_every_changed_added_or_removed_export_is_named(signed: Path, keys: tuple[str, str]) -> None:
     release = signed / RELEASE
     for name in sorted(names(release)):
         content = (release / name).read_bytes()
@@ -149,7 +149,7 @@ def test_every_changed_added_or_removed_paper_is_named(signed: Path, keys: tuple
             else (found != "verified" and f"{RELEASE}/{name}" in wrong)
         ), name
         (release / name).write_bytes(content)
-    for name in ("papers/new.json", "new.txt"):
+    for name in ("exports/new.json", "new.txt"):
         (release / name).write_text("{}")
         assert verdict(signed, "release", keys[1])[0] == "altered"
         (release / name).unlink()
@@ -160,7 +160,7 @@ def test_every_changed_added_or_removed_paper_is_named(signed: Path, keys: tuple
 
 
 @pytest.mark.long
-def test_papers_of_another_version_are_refused_wherever_dvc_leaves_them(
+def test_exports_of_another_version_are_refused_wherever_dvc_leaves_them(
     signed: Path, keys: tuple[str, str], capsys: Any
 ) -> None:
     """DVC deletes them when the stage runs or is restored, and leaves them when it checks another version out."""
@@ -168,15 +168,15 @@ def test_papers_of_another_version_are_refused_wherever_dvc_leaves_them(
     edit_params(signed, lambda values: values["release"]["waivers"][0].update(reason="another reason"))
     done = dvc(signed, "repro", "release")
     assert done.returncode == 0, done.stderr
-    assert not papers_in_place.present(signed), "a run starts without the papers of the version before"
+    assert not exports_in_place.present(signed), "a run starts without the exports of the version before"
     commit(signed, "second")
-    assert write_papers(signed, "--key", private) == 0 and is_clean(signed)
+    assert write_exports(signed, "--key", private) == 0 and is_clean(signed)
     assert verdict(signed, "release", public) == ("verified", {})
     assert (
         run(["git", "checkout", "-q", "HEAD~1"], signed).returncode == 0
         and dvc(signed, "checkout", "-q").returncode == 0
     )
-    assert papers_in_place.present(signed) == [*papers_in_place.NAMES] and is_clean(signed)
+    assert exports_in_place.present(signed) == [*exports_in_place.NAMES] and is_clean(signed)
     for model in ("release", RELEASE, str(release)):
         found, wrong = verdict(signed, str(release) if model == RELEASE else model, public)
         assert found == "altered" and f"{RELEASE}/release.json" in wrong and "dvc.lock: release" in wrong
@@ -187,26 +187,26 @@ def test_papers_of_another_version_are_refused_wherever_dvc_leaves_them(
     assert (
         dvc(signed, "checkout", "--force", "-q").returncode == 0 and verdict(signed, "release", public)[0] == "altered"
     )
-    assert write_papers(signed, "--key", private) == 0 and verdict(signed, "release", public) == ("verified", {})
+    assert write_exports(signed, "--key", private) == 0 and verdict(signed, "release", public) == ("verified", {})
     assert "another release" not in pedigree(signed, "audit", "release").stderr
     for name in ("model.sig", "model.intoto.jsonl", "model.pub"):
         (release / name).unlink()
     capsys.readouterr()
-    assert write_papers(signed) == 0 and not {"model.sig", "model.pub"} & names(release)
+    assert write_exports(signed) == 0 and not {"model.sig", "model.pub"} & names(release)
     assert run(["git", "checkout", "-q", "-"], signed).returncode == 0 and dvc(signed, "checkout", "-q").returncode == 0
     attest(signed, "release", private)
     found, wrong = verdict(signed, "release", public)
     assert found == "contradictory" and any("contradicts the files of the model" in one for one in wrong.values()), (
-        "papers without a signature"
+        "exports without a signature"
     )
 
 
 @pytest.mark.long
-def test_dvc_restores_pushes_and_gets_the_release_without_papers(
+def test_dvc_restores_pushes_and_gets_the_release_without_exports(
     signed: Path, keys: tuple[str, str], tmp_path: Path
 ) -> None:
     release = signed / RELEASE
-    content = names(release) - {name for name in names(release) if name.split("/")[0] in papers_in_place.NAMES}
+    content = names(release) - {name for name in names(release) if name.split("/")[0] in exports_in_place.NAMES}
     assert dvc(signed, "remote", "add", "-d", "store", str(tmp_path / "store")).returncode == 0
     commit(signed, "remote")
     for command in (
@@ -245,12 +245,12 @@ def test_dvc_restores_pushes_and_gets_the_release_without_papers(
     edit_params(signed, lambda values: values["release"]["waivers"][0].update(reason="another reason"))
     assert dvc(signed, "repro", "-s", "release").returncode == 0
     (signed / "params.yaml").write_bytes(first)
-    assert write_papers(signed) == 0
+    assert write_exports(signed) == 0
     done = dvc(signed, "repro", "-s", "release")
     assert "is cached" in done.stdout and names(release) == content, "restored from the run cache"
 
 
-def test_nothing_takes_the_papers_for_a_part_of_the_release(
+def test_nothing_takes_the_exports_for_a_part_of_the_release(
     signed: Path, _finished: Path, keys: tuple[str, str], tmp_path: Path
 ) -> None:
     release, content = signed / RELEASE, names(_finished / RELEASE)
@@ -273,7 +273,7 @@ def test_nothing_takes_the_papers_for_a_part_of_the_release(
         done = pedigree(signed, *command)
         assert done.returncode == 0, (command, done.stderr)
         if command[0] == "run":  # by itself, without DVC, it replaces the folder
-            assert not papers_in_place.present(signed) and write_papers(signed, "--key", keys[0]) == 0
+            assert not exports_in_place.present(signed) and write_exports(signed, "--key", keys[0]) == 0
     assert names(signed / "build/release-safetensors") == content
     handed = tmp_path / "handed"
     assert (
@@ -297,6 +297,33 @@ def test_nothing_takes_the_papers_for_a_part_of_the_release(
     assert is_clean(signed)
 
 
+def test_exports_by_an_earlier_version_are_not_of_the_release_and_the_next_export_replaces_them(
+    signed: Path, _finished: Path, keys: tuple[str, str], tmp_path: Path
+) -> None:
+    release, (private, public) = signed / RELEASE, keys
+    for name, former in zip((FOLDER, PAGE), exports_in_place.FORMER, strict=True):
+        (release / name).rename(release / former)
+    with (signed / ".dvcignore").open("a") as file:
+        file.write("/data/release/papers/\n/data/release/papers.html\n")  # which that version added
+    commit(signed, "ignored")
+    copy = Path(shutil.copytree(release, tmp_path / "release"))
+    sign(tmp_path, str(copy), private)
+    shutil.move(copy / SIGNATURE, release / SIGNATURE)
+    assert is_clean(signed) and set(listing_of(release)) == names(_finished / RELEASE)
+    assert pedigree(signed, "verify", "--integrity").returncode == 0
+    assert verdict(signed, "release", public) == ("verified", {})
+    assert "papers.html: exports by an earlier version" in pedigree(signed, "audit", "release").stderr
+    for name in (SIGNATURE, ATTESTATIONS, PUBLIC_KEY):
+        (release / name).unlink()
+    attest(signed, "release", private)
+    document = verify_signatures(signed, "release", public)
+    assert document["verdict"] == "incomplete"
+    assert f"papers, papers.html in {RELEASE}: no signature covers them" in document["not_checked"]
+    assert write_exports(signed, "--key", private) == 0 and is_clean(signed)
+    assert exports_in_place.present(signed) == [*exports_in_place.NAMES]
+    assert verdict(signed, "release", public) == ("verified", {})
+
+
 def test_signatures_of_the_project_and_in_the_folder_are_both_verified(
     signed: Path, keys: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -316,30 +343,30 @@ def test_signatures_of_the_project_and_in_the_folder_are_both_verified(
     found, wrong = verdict(signed, "release", public)
     assert found == "altered" and list(wrong) == [source.relative_to(signed).as_posix()]
     source.write_bytes(before)
-    flip(signed / RELEASE / "papers/README.md")
-    assert verdict(signed, "release", public) == ("altered", {f"{RELEASE}/papers/README.md": "is not what was signed"})
+    flip(signed / RELEASE / "exports/README.md")
+    assert verdict(signed, "release", public) == ("altered", {f"{RELEASE}/exports/README.md": "is not what was signed"})
     before = (signed / "data/signatures/release/model.intoto.jsonl").read_bytes()
-    assert write_papers(signed, "--key", private) == 0 and verdict(signed, "release", public) == ("verified", {})
+    assert write_exports(signed, "--key", private) == 0 and verdict(signed, "release", public) == ("verified", {})
     assert (signed / RELEASE / "model.intoto.jsonl").read_bytes() == before, "attestations that still hold are taken"
     other, _ = write_keys(tmp_path, "ed25519", "other")
-    assert write_papers(signed, "--key", other) == 2, "signatures of a model are by one key"
+    assert write_exports(signed, "--key", other) == 2, "signatures of a model are by one key"
     shutil.rmtree(signed / "data/signatures")
-    assert write_papers(signed, "--key", other) == 0
+    assert write_exports(signed, "--key", other) == 0
     attest(signed, "release", private)
     found, wrong = verdict(signed, "release", None)
     assert found == "contradictory" and "another key" in wrong["data/signatures/release/model.pub"]
 
 
-def test_papers_without_a_signature_are_never_verified_and_can_be_signed_later(
+def test_exports_without_a_signature_are_never_verified_and_can_be_signed_later(
     finished: Path, keys: tuple[str, str], capsys: Any
 ) -> None:
     private, public = keys
-    assert write_papers(finished, "--json") == 0
+    assert write_exports(finished, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert (
         document["folder"] == RELEASE
         and document["signature"] is None
-        and [one["paper"] for one in document["missing"]][-1] == "signature, attestations"
+        and [one["name"] for one in document["missing"]][-1] == "signature, attestations"
     )
     assert (
         main(["verify", "release", "--signatures", "--project", str(finished)]) == 2
@@ -349,7 +376,7 @@ def test_papers_without_a_signature_are_never_verified_and_can_be_signed_later(
     document = verify_signatures(finished, "release", public)
     assert (
         document["verdict"] == "incomplete"
-        and f"papers, papers.html in {RELEASE}: no signature covers them" in document["not_checked"]
+        and f"exports, exports.html in {RELEASE}: no signature covers them" in document["not_checked"]
     )
     assert main(["verify", "release", "--signatures", "--project", str(finished)]) == 1
     signed = sign(finished, "release", private)
@@ -357,19 +384,19 @@ def test_papers_without_a_signature_are_never_verified_and_can_be_signed_later(
         signed["signature"] == f"{RELEASE}/model.sig" and not (finished / "data/signatures/release/model.sig").exists()
     )
     assert verdict(finished, "release", public) == ("verified", {})
-    before = {name: (finished / RELEASE / name).read_bytes() for name in ("model.sig", "papers.html")}
+    before = {name: (finished / RELEASE / name).read_bytes() for name in ("model.sig", "exports.html")}
     capsys.readouterr()
-    assert write_papers(finished) == 2 and "model.sig signs the papers there" in capsys.readouterr().err, (
+    assert write_exports(finished) == 2 and "model.sig signs the exports there" in capsys.readouterr().err, (
         "a signature is not lost unnoticed"
     )
     assert {name: (finished / RELEASE / name).read_bytes() for name in before} == before
     (finished / RELEASE / "model.sig").unlink()
-    flip(finished / RELEASE / "papers/bom.cdx.json")
+    flip(finished / RELEASE / "exports/bom.cdx.json")
     with pytest.raises(InputError, match="nothing was signed"):
         sign(finished, "release", private)
-    papers_in_place.delete(finished)
+    exports_in_place.delete(finished)
     assert sign(finished, "release", private)["signature"] == "data/signatures/release/model.sig"
-    assert write_papers(finished) == 0
+    assert write_exports(finished) == 0
     assert verdict(finished, "release", public)[0] == "incomplete", (
         "a signature of the release from before does not cover them"
     )
@@ -389,10 +416,14 @@ def test_bad_input_is_one_message_and_changes_nothing(
         (("release", "--all", "--key", "none.pem"), text, "No such file"),
         (
             ("release", "--all", *key),
-            text.replace("/data/release/papers.html\n", ""),
-            "does not list /data/release/papers.html,",
+            text.replace("/data/release/exports.html\n", ""),
+            "does not list /data/release/exports.html,",
         ),
-        (("release", "--all", *key), text + "!/data/release/papers.html\n", "does not list /data/release/papers.html,"),
+        (
+            ("release", "--all", *key),
+            text + "!/data/release/exports.html\n",
+            "does not list /data/release/exports.html,",
+        ),
         (("release", "--all", *key), "", "/data/release/model.pub"),
     ]
     for arguments, content, wrong in cases:
@@ -405,7 +436,7 @@ def test_bad_input_is_one_message_and_changes_nothing(
     content = file.read_bytes()
     file.unlink()
     file.write_bytes(content + b" ")
-    assert write_papers(finished, *key) == 2 and "not what dvc.lock recorded" in capsys.readouterr().err
+    assert write_exports(finished, *key) == 2 and "not what dvc.lock recorded" in capsys.readouterr().err
     file.write_bytes(content)
     assert names(finished / "data") == before
     monkeypatch.chdir(finished)
@@ -413,7 +444,7 @@ def test_bad_input_is_one_message_and_changes_nothing(
     assert names(finished / "data") > before
 
 
-def test_while_the_release_is_being_run_or_exported_no_papers_are_written(
+def test_while_the_release_is_being_run_or_exported_no_exports_are_written(
     signed: Path, keys: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(holder: str) -> None:
@@ -421,14 +452,14 @@ def test_while_the_release_is_being_run_or_exported_no_papers_are_written(
 
     before = names(signed / RELEASE)
     with locks.hold(signed, "release", refuse, "dvc repro"):
-        assert write_papers(signed, "--key", keys[0]) == 1
+        assert write_exports(signed, "--key", keys[0]) == 1
     assert "is being used by process" in capsys.readouterr().err
 
     def remove_release(root: Path) -> None:
         (root / RELEASE).rename(root / "data" / "removed")  # as DVC does before it starts the stage
 
-    monkeypatch.setattr(commands_papers, "delete", remove_release)
-    assert write_papers(signed, "--key", keys[0]) == 1
+    monkeypatch.setattr(export_all, "delete", remove_release)
+    assert write_exports(signed, "--key", keys[0]) == 1
     assert "is being used by DVC" in capsys.readouterr().err and not (signed / RELEASE).exists()
     (signed / "data" / "removed").rename(signed / RELEASE)
     assert names(signed / RELEASE) == before
@@ -442,13 +473,15 @@ def test_data_can_be_on_another_file_system_than_scratch_files(signed: Path, key
     with tempfile.TemporaryDirectory(dir=memory) as other:
         shutil.rmtree(signed / ".dvc/tmp/pedigree")
         (signed / ".dvc/tmp/pedigree").symlink_to(other)
-        assert write_papers(signed, "--key", keys[0]) == 0 and not [*Path(other).glob("papers.*")]
+        assert write_exports(signed, "--key", keys[0]) == 0 and not [*Path(other).glob("exports.*")]
         assert verdict(signed, "release", keys[1]) == ("verified", {})
 
 
 def test_an_erasure_deletes_them_and_leaves_the_release_alone(tmp_path: Path) -> None:
     """They state hashes of the sources before, and can have been written from an earlier version."""
     for name in (
+        "exports/README.md",
+        "exports.html",
         "papers/README.md",
         "papers.html",
         "model.sig",
@@ -467,14 +500,17 @@ def test_an_erasure_deletes_them_and_leaves_the_release_alone(tmp_path: Path) ->
 def test_lines_are_added_once_and_nothing_else_of_the_file_changes(tmp_path: Path) -> None:
     file = tmp_path / ".dvcignore"
     assert (
-        papers_in_place.add_lines(tmp_path) == [*papers_in_place.IGNORE_LINES]
-        and papers_in_place.add_lines(tmp_path) == []
+        exports_in_place.add_lines(tmp_path) == [*exports_in_place.IGNORE_LINES]
+        and exports_in_place.add_lines(tmp_path) == []
     )
-    assert file.read_text().splitlines() == [papers_in_place.COMMENT, *papers_in_place.IGNORE_LINES]
-    mine = b"# mine\r\n*.swp\n\xff\n/data/release/papers/"
+    assert file.read_text().splitlines() == [exports_in_place.COMMENT, *exports_in_place.IGNORE_LINES]
+    mine = b"# mine\r\n*.swp\n\xff\n/data/release/exports/"
     file.write_bytes(mine)
-    assert papers_in_place.add_lines(tmp_path) == [*papers_in_place.IGNORE_LINES[1:]]
-    assert file.read_bytes().startswith(mine + b"\n") and papers_in_place.missing_lines(tmp_path) == []
+    assert exports_in_place.add_lines(tmp_path) == [*exports_in_place.IGNORE_LINES[1:]]
+    assert file.read_bytes().startswith(mine + b"\n") and exports_in_place.missing_lines(tmp_path) == []
+    file.write_text("/data/release/papers/\n/data/release/papers.html\n")
+    assert exports_in_place.add_lines(tmp_path) == [*exports_in_place.IGNORE_LINES]
+    assert file.read_text().startswith("/data/release/papers/\n/data/release/papers.html\n"), "those there may stay"
 
 
 def test_lines_that_cannot_be_added_leave_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,7 +526,7 @@ def test_lines_that_cannot_be_added_leave_the_file_as_it_was(tmp_path: Path, mon
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(Path, "write_bytes", half)
-        papers_in_place.add_lines(tmp_path)
+        exports_in_place.add_lines(tmp_path)
     assert target.read_bytes() == b"*.swp\n" and names(tmp_path) == {".dvcignore", "shared"}
-    papers_in_place.add_lines(tmp_path)
+    exports_in_place.add_lines(tmp_path)
     assert link.is_symlink() and target.stat().st_mode & 0o777 == 0o664

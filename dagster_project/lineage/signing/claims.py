@@ -16,6 +16,7 @@ from dagster_project.core.text import visible
 from dagster_project.lineage.export.folder import FOLDER, PAGE
 from dagster_project.lineage.export.spdx import DISTILLED
 from dagster_project.lineage.export.summary import rows_written
+from dagster_project.lineage.exports_in_place import FORMER
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.signing import envelope
 from dagster_project.lineage.signing.envelope import SignatureError
@@ -38,8 +39,13 @@ _ROWS = re.compile(r"(\d+) rows in, (\d+) out")
 
 
 def files_of_model(names: Iterable[str]) -> list[str]:
-    """The files of a folder outside of its papers."""
-    return [name for name in names if name != PAGE and not name.startswith(f"{FOLDER}/")]
+    """The files of a folder outside of its exports."""
+    return [name for name in names if not is_export(name)]
+
+
+def is_export(name: str) -> bool:
+    """Whether a file in a folder is an export or their page, also by the names of earlier versions."""
+    return name.partition("/")[0] in (FOLDER, PAGE, *FORMER)
 
 
 def listed_in_release(content: bytes) -> Callable[[str], bool]:

@@ -1,4 +1,4 @@
-"""The papers of one model -> one HTML page that lists them, with what each
+"""The exports of one model -> one HTML page that lists them, with what each
 shows and does not show, how it is checked, and what is missing."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ RELEASE: Mapping[str, tuple[str, str, str]] = {
     "README.md": (
         "model card",
         "how the model was made, measured and checked, as people read it",
-        "the commit and the date: papers/README.md has them",
+        "the commit and the date: exports/README.md has them",
     ),
     "release.json": (
         "gate",
@@ -39,11 +39,11 @@ RELEASE: Mapping[str, tuple[str, str, str]] = {
 """Pattern of a file in a release -> kind, what it shows, what it does not show."""
 
 
-def papers_page(document: Mapping[str, Any]) -> str:
+def exports_page(document: Mapping[str, Any]) -> str:
     """The page.
 
     Args:
-        document: of `commands/papers.py`.
+        document: of `commands/export_all.py`.
     """
     model, signed, attested = document["model"], document.get("signature"), document.get("attestations")
     facts = [
@@ -63,8 +63,8 @@ def papers_page(document: Mapping[str, Any]) -> str:
         "Checks": True,
     }
     return render(
-        "papers.jinja",
-        f"Papers of {model['stage']}",
+        "exports.jinja",
+        f"Exports of {model['stage']}",
         sections,
         stage=model["stage"],
         facts=facts,
