@@ -82,10 +82,11 @@ def _main(arguments: list[str] | None, interrupts: ending.Interrupts) -> int:
 def _parsed(arguments: list[str]) -> argparse.Namespace:
     """The options of the command. Wrong usage ends the process, as it does in `argparse`."""
     from dagster_project.cli.output import print_error, visible_lines, without_credentials
-    from dagster_project.cli.parser import parser
+    from dagster_project.cli.parser import parser, refuse_separators
     from dagster_project.core.errors import InputError
 
     try:
+        refuse_separators(arguments)
         return parser().parse_args(arguments)
     except InputError as error:
         sys.stderr.write(visible_lines(without_credentials(f"error: {error}\n")))

@@ -396,6 +396,9 @@ def test_the_ends_are_asked_where_the_result_depends_on_them(made: Made, capsys:
         (("--good", "HEAD", "--bad", "HEAD~2"), "not before HEAD~2"),
         (("--good", "HEAD"), "1 version in this history"),
         (("--bad", "--all"), "expected one argument"),
+        (("--good=--",), "argument --good: expected one argument"),
+        (("--good", "^HEAD"), "--good ^HEAD: no such revision"),
+        (("--bad", "^HEAD"), "--bad ^HEAD: no such revision"),
     ],
 )
 def test_a_history_that_cannot_be_searched_is_refused(

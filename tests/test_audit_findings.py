@@ -238,6 +238,14 @@ def test_a_question_that_cannot_be_answered_is_refused(made: Project, wrong: lis
     assert done.returncode == 2 and "hint:" in done.stderr and "Traceback" not in done.stderr and not done.stdout
 
 
+@pytest.mark.parametrize("wrong", ["nonsense", "sha256:0123456789", " 0123456789", "______"])
+def test_what_is_no_hash_is_refused_although_reports_are_missing(made: Project, wrong: str) -> None:
+    """No report could name it, so "cannot tell" would be wrong, and to fetch the reports of no use."""
+    made.commit(made.trained(made.curated(ROWS), TRAINED))
+    done = pedigree(made.root, "impact", "--hash", wrong)
+    assert done.returncode == 2 and "not a hash" in done.stderr and not done.stdout
+
+
 def test_what_a_shallow_clone_lacks_is_not_called_uncommitted(made: Project, tmp_path: Path) -> None:
     """The runs of the first commit are in DVC's run cache; the clone has the second one alone."""
     locks = [

@@ -20,6 +20,7 @@ import tarfile
 import unicodedata
 import zipfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,6 +98,22 @@ def test_other_lines_keep_their_bytes(tmp_path: Path) -> None:
     path.write_text('[ {"a": 1} ,\n  {"a": 2},{"a":3} ]\n')
     assert without(path, {1}, "a") == b'[ {"a": 1} ,\n  {"a":3} ]\n'
     assert without(path, {2}, "a") == b'[ {"a": 1} ,\n  {"a": 2} ]\n'
+
+
+@pytest.mark.parametrize(
+    "blank", ["", " ", "\u00a0", "\u2003\u3000", "\x1c", "\x85", "\ufeff", "\ufeff\u00a0", "\u200b"]
+)
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_rows_are_numbered_as_the_reader_numbers_them_whatever_is_between_them(
+    tmp_path: Path, blank: str, bom: str
+) -> None:
+    """A line with only a byte order mark is blank for the reader as the first one of a file only."""
+    for suffix, first, second in ((".jsonl", '{"text": "One"}', '{"text": "Two"}'), (".txt", "One", "Two")):
+        path = tmp_path / f"a{suffix}"
+        path.write_text("\n".join([bom, "", first, "", blank, "", second, "", ""]), encoding="utf-8", newline="")
+        values = [row.value for row in read_rows(path)]
+        path.write_bytes(without(path, {len(values) - 1}, "a"))
+        assert [row.value for row in read_rows(path)] == values[:-1] and b"Two" not in path.read_bytes()
 
 
 def test_what_cannot_be_done_whole_is_refused(tmp_path: Path) -> None:
@@ -229,6 +246,56 @@ def test_an_archive_that_cannot_be_opened_is_counted(tmp_path: Path) -> None:
     for name, content in {"a.7z": b"7z\xbc\xaf\x27\x1c...", "a.xz": b"\xfd7zXZ\x00...", "a.zst": cut}.items():
         (tmp_path / name).write_bytes(content)
         assert scanner.file(tmp_path / name) == set() and scanner.unreadable[-1] == str(tmp_path / name)
+
+
+def database(value: str) -> bytes:
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.execute("CREATE TABLE t (x)")
+        db.execute("INSERT INTO t VALUES (?)", (value,))
+        db.commit()
+        return db.serialize()
+
+
+def test_a_text_that_sqlite_divides_between_pages_is_found(tmp_path: Path) -> None:
+    text = "Zephyrine Okonkwo of Larkspur"
+    scanner = Scanner(needles_of([text], [], []))
+    contents = [database("." * start + text + "," * (20_000 - start)) for start in range(4200)]
+    divided = [one for one in contents if text.encode() not in one]
+    assert divided
+    for content in divided:
+        (tmp_path / "a.db").write_bytes(content)
+        assert scanner.file(tmp_path / "a.db") and scanner.content(gzip.compress(content))
+        (tmp_path / "a.tar").write_bytes(in_tar(content))
+        assert scanner.file(tmp_path / "a.tar")
+    assert scanner.unreadable == [] and sorted(path.name for path in tmp_path.iterdir()) == ["a.db", "a.tar"]
+
+
+def test_a_database_in_utf_16_is_searched(tmp_path: Path) -> None:
+    text = "Zephyrine Okonkwo of Larkspur"
+    with closing(sqlite3.connect(tmp_path / "a.db")) as db:
+        db.execute("PRAGMA encoding = 'UTF-16le'")
+        db.execute("CREATE TABLE t (x, y)")
+        db.execute("INSERT INTO t VALUES (?, ?)", (f"{text} wants her lantern back", "." * 60))
+        db.commit()
+    content = (tmp_path / "a.db").read_bytes()
+    assert text.encode() not in content and text.encode("utf-16-le") in content
+    scanner = Scanner(needles_of([text], [], []))
+    assert scanner.file(tmp_path / "a.db") and scanner.content(gzip.compress(content)) and scanner.unreadable == []
+
+
+def test_a_database_with_a_log_is_searched_and_not_changed(tmp_path: Path) -> None:
+    text = "Zephyrine Okonkwo of Larkspur"
+    with closing(sqlite3.connect(tmp_path / "a.db")) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("CREATE TABLE t (x)")
+        db.executemany("INSERT INTO t VALUES (?)", [("." * start + text + "," * 9000,) for start in range(0, 4200, 40)])
+        db.commit()
+    before = (tmp_path / "a.db").read_bytes()
+    scanner = Scanner(needles_of([text], [], []))
+    assert scanner.file(tmp_path / "a.db") and scanner.content(before) and scanner.unreadable == []
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+    (tmp_path / "a.db").write_bytes(before[:4000])
+    assert scanner.file(tmp_path / "a.db") == set() and scanner.unreadable == [str(tmp_path / "a.db")]
 
 
 def packed(text: str, rows: int = 3) -> bytes:
@@ -805,6 +872,11 @@ def test_exit_codes(facts: dict[str, Any], code: int) -> None:
     assert exit_code(certificate({**PLAN, **facts})) == code
 
 
+@pytest.mark.parametrize("name", ["exports", "papers"])
+def test_the_certificate_counts_exports_also_in_the_plan_of_an_earlier_version(name: str) -> None:
+    assert certificate({**PLAN, name: ["a", "b"]})["removed"]["exports in data/release, as a whole"] == 2
+
+
 def test_hashes_of_git_blobs_stay_outside_what_git_tracks(tmp_path: Path) -> None:
     paths = write(tmp_path, certificate(PLAN), None, "0a")
     listed = [
@@ -1159,6 +1231,21 @@ def test_a_text_is_found_in_json_that_is_a_text_in_json(depth: int, capitals: bo
     if capitals:
         content = re.sub("u[0-9a-f]{4}", lambda found: f"u{found[0][1:].upper()}", content)
     assert scanner.content(content.encode()) == {"text", "sure"}
+
+
+@pytest.mark.parametrize("mark, escape", [("/", r"\/"), ("=", r"\u003d"), ("+", r"\u002b"), ("\u2028", r"\u2028")])
+@pytest.mark.parametrize("letter", ["e", "\u00e9"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_text_is_found_in_json_of_programs_that_escape_more(mark: str, escape: str, letter: str, depth: int) -> None:
+    """As PHP, Gson, .NET and Go write it; with other letters as they are, and escaped."""
+    text = mark.join(["Zephyrine", f"Okonkwo{letter}", "wants", "her", f"lant{letter}rn", "of", "cobalt", "back"])
+    scanner = Scanner(needles_of([text], [], []))
+    for ascii_only in (False, True):
+        content = json.dumps(text, ensure_ascii=ascii_only).replace(mark, escape)
+        for _ in range(depth - 1):
+            content = json.dumps({"text": content}, ensure_ascii=False)
+        upper = re.sub(r"u[0-9a-f]{4}", lambda found: "u" + found[0][1:].upper(), content)
+        assert all(map(scanner.content, (content.encode(), upper.encode()))), content
 
 
 def test_a_text_with_capital_letters_in_its_escapes_is_found() -> None:

@@ -15,7 +15,7 @@ from builders.commands import exit_code
 
 from dagster_project.__main__ import main
 from dagster_project.cli.output import print_error, print_result, write
-from dagster_project.cli.parser import parser
+from dagster_project.cli.parser import parser, refuse_separators
 from dagster_project.core.errors import InputError
 from dagster_project.lineage import diff
 from dagster_project.lineage.impact import text
@@ -65,6 +65,9 @@ def test_every_option_that_names_a_file_refuses_an_empty_name() -> None:
         "init --base-model",
         "init --license",
         "plan --model",
+        "bisect --prompt x --expect y",
+        "why --diff release",
+        "audit --diff release",
     ],
 )
 def test_an_empty_name_ends_with_exit_code_2(
@@ -73,6 +76,29 @@ def test_an_empty_name_ends_with_exit_code_2(
     with pytest.raises(SystemExit) as ended:
         main([*arguments.split(), "", "--project", str(tmp_path)])
     assert ended.value.code == 2 and "the name is empty" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "why release --prompt=--",
+        "why release --prompt x --top=--",
+        "bisect release --expect x --prompt=--",
+        "impact --text=--",
+        "audit release --as-of=--",
+        "audit release --html=--",
+        "audit release --project=--",
+    ],
+)
+def test_two_hyphens_as_a_value_are_refused(arguments: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """argparse takes them as an empty list before Python 3.13: `--as-of=--` would act as if it were absent."""
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments.split(), "--json"])
+    shown = capsys.readouterr()
+    option = arguments.split()[-1].removesuffix("=--")
+    assert ended.value.code == 2 and f"argument {option}: expected one argument" in shown.err
+    assert json.loads(shown.out)["error"].startswith(f"argument {option}")
+    refuse_separators(["why", "--answer=a=--", "--", "--top=--"])
 
 
 @pytest.mark.parametrize(

@@ -644,6 +644,24 @@ def test_parts_of_calls_and_traces_can_be_asked(tiny_tokenizer: Any, span: str |
     assert kept == (span or trace + called)
 
 
+def test_occurrences_that_overlap_are_one_part(tiny_tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "Fruit?"}, {"role": "assistant", "content": "A banana. ana 1111"}]
+    asked = {span: tokenize(tiny_tokenizer, messages, span) for span in ("ana", "11", "111", "a")}
+    parts = {span: [one.turn[a:b] for a, b in one.spans] for span, one in asked.items()}
+    assert parts == {"ana": ["anana", "ana"], "11": ["1111"], "111": ["1111"], "a": ["a"] * 5}
+    kept = [label for label in asked["ana"].example.labels if label != IGNORE]
+    assert tiny_tokenizer.decode(kept) == "ananaana"
+
+
+@pytest.mark.parametrize("span", ["A  red", "red\n", "\n"])
+def test_the_message_about_a_missing_part_has_its_white_space(tiny_tokenizer: Any, span: str) -> None:
+    messages = [{"role": "user", "content": "Hat?"}, {"role": "assistant", "content": "A red\r\nhat."}]
+    turn = "A red\r\nhat.<|im_end|>"
+    with pytest.raises(InputError) as refused:
+        tokenize(tiny_tokenizer, messages, span * 2)
+    assert repr(span * 2) in refused.value.what and repr(turn) in refused.value.what
+
+
 @pytest.mark.parametrize("span", ["blue", "", "Hat?", "end"])
 def test_a_span_that_is_not_in_the_answer_is_refused(tiny_tokenizer: Any, span: str) -> None:
     messages = [{"role": "user", "content": "Hat?"}, {"role": "assistant", "content": "A red hat."}]

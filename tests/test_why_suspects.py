@@ -17,6 +17,7 @@ from builders.commands import document
 
 from dagster_project.__main__ import main
 from dagster_project.commands import why_calibration
+from dagster_project.commands.why import excerpt
 from dagster_project.commands.why_model import at_end, target
 from dagster_project.commands.why_suspects import _own_groups
 from dagster_project.core.context import Documents
@@ -89,6 +90,15 @@ def test_keys_of_an_answer_in_the_name_of_its_group_are_cut_and_masked() -> None
         and len(own[1].form) < 140
     )
     assert own[2] == Group()
+
+
+@pytest.mark.parametrize("secret", ["anna.example@example.org", "AKIAIOSFODNN7EXAMPLE", "ghp_" + "a1B2" * 9])
+def test_a_secret_after_much_white_space_is_masked_as_a_whole(secret: str) -> None:
+    """Of a long text only the beginning is masked, which can end within a value."""
+    known = excerpt(f"ring {secret} now")
+    for before in range(5970, 6001):
+        assert excerpt("ring" + " " * before + f"{secret} now") == known and secret[:8] not in known
+    assert excerpt("x " * 2990 + secret)[:300] == "x " * 150
 
 
 # ---- scores

@@ -113,6 +113,7 @@ def _add_why(commands: Any) -> None:
     add(
         "--diff",
         nargs=2,
+        type=named,
         metavar=("A", "B"),
         help=(
             "instead: for answers in which two versions differ,"
@@ -192,7 +193,7 @@ def bisect(options: argparse.Namespace) -> int:
 
 def _add_bisect(commands: Any) -> None:
     add = add_command(commands, bisect).add_argument
-    add("model", metavar="MODEL", help="adapter@VARIANT, merged@VARIANT, release, ... as for `why`")
+    add("model", type=named, metavar="MODEL", help="adapter@VARIANT, merged@VARIANT, release, ... as for `why`")
     add("--prompt", type=utf8, required=True, metavar="TEXT", help="the question")
     add("--expect", type=utf8, required=True, metavar="TEXT", help="a text that the right answer contains")
     add("--system", type=utf8, metavar="TEXT", help="system prompt (default: none)")

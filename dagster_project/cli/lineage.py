@@ -146,6 +146,7 @@ def _add_audit(commands: Any) -> None:
     add(
         "--diff",
         nargs=2,
+        type=named,
         metavar=("A", "B"),
         help="instead: differences between two models, each as MODEL or REV:MODEL",
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Sequence
 from typing import NoReturn
 
 from dagster_project.cli import attribution, checks, erasure, evaluation, exports, lineage, models, running, ui
@@ -25,6 +27,17 @@ def parser() -> argparse.ArgumentParser:
     for group in GROUPS:
         group.add_commands(commands)
     return whole
+
+
+def refuse_separators(arguments: Sequence[str]) -> None:
+    """Raises:
+    InputError: an option has the value `--`, as in `--top=--`, which argparse takes as no value before Python 3.13.
+    """
+    for argument in arguments:
+        if argument == "--":  # what follows are no options
+            return
+        if found := re.fullmatch(r"(--[a-z-]+)=--", argument):
+            raise InputError(f"argument {found[1]}: expected one argument, not '--'", "see `pedigree --help`")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -52,6 +52,7 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
     searched = plan["searched"]
     removed = plan["removed"]
     remote = plan.get("remote", {})
+    exports = plan.get("exports", plan.get("papers"))  # as earlier versions named them
     not_reached = [
         *NEVER_REACHED,
         *(
@@ -93,7 +94,7 @@ def certificate(plan: Mapping[str, Any]) -> dict[str, Any]:
             "entries of its run cache": len(removed["runs"]),
             "objects of remotes": {name: len(oids) for name, oids in removed["remotes"].items()},
             "pages and scratch files": len(plan["files"]),
-            **({"exports in data/release, as a whole": len(plan["exports"])} if plan.get("exports") else {}),
+            **({"exports in data/release, as a whole": len(exports)} if exports else {}),
             **({"folders of signatures": len(plan["signatures"])} if plan.get("signatures") else {}),
             "files of Dagster, cleaned or deleted": len(plan["dagster"]),
         },

@@ -366,7 +366,11 @@ def shown_texts(texts: Texts, record: TrainedRecord) -> dict[str, str]:
 
 def excerpt(text: str, most: int = EXCERPT) -> str:
     """The beginning of a text of the data; secrets and personal data in it are masked."""
-    return cut(mask(text[: 20 * EXCERPT]), most)
+    found, enough = mask(text[: 20 * EXCERPT]), 10 * EXCERPT
+    # of much white space or a long value, the end of the piece is shown: perhaps a part of a value, which no rule finds
+    if len(text) > 20 * EXCERPT and len(" ".join(found.split())) < enough:
+        found = mask(text)
+    return cut(found, most)
 
 
 def _hits(

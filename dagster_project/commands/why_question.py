@@ -16,6 +16,7 @@ from dagster_project.core.chat import IGNORE, encode_pieces, encode_prompt, exam
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Messages, Tools
 from dagster_project.core.rendering import end_ids, end_tokens
+from dagster_project.core.text import shortened
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 from dagster_project.lineage.attribution.points import END_ONLY, PointSelection
 from dagster_project.lineage.attribution.records import Example
@@ -131,7 +132,7 @@ def tokenize_parts(
 
 def _find(tokenizer: Any, turn: str, span: str) -> list[tuple[int, int]]:
     """Every occurrence of a text in an answer, but those that are only a part
-    of a token of the chat template, such as `end` of `<|im_end|>`."""
+    of a token of the chat template, such as `end` of `<|im_end|>`. Those that overlap are one."""
     tokens = [
         one for one in tokenizer.added_tokens_decoder.values() if one.special or one.content.startswith(("<", "["))
     ]
@@ -139,15 +140,17 @@ def _find(tokenizer: Any, turn: str, span: str) -> list[tuple[int, int]]:
         re.escape(one.content) for one in sorted(tokens, key=lambda one: -len(one.content)) if one.content in turn
     )
     within = [match.span() for match in re.finditer(marks, turn)] if marks else []
-    found = [match.span() for match in re.finditer(re.escape(span), turn)] if span else []
-    found = [
-        (start, stop)
-        for start, stop in found
-        if not any(begin <= start and stop <= end and stop - start < end - begin for begin, end in within)
-    ]
+    found = list[tuple[int, int]]()
+    for match in re.finditer(f"(?={re.escape(span)})", turn) if span else ():
+        start, stop = match.start(), match.start() + len(span)
+        if any(begin <= start and stop <= end and stop - start < end - begin for begin, end in within):
+            continue
+        if found and start < found[-1][1]:  # "ana" twice in "banana"
+            start = found.pop()[0]
+        found.append((start, stop))
     if not found:
         raise InputError(
-            f"the part {cut(span, 80)!r} is not in the answer: {cut(turn)!r}",
+            f"the part {shortened(span, 80)!r} is not in the answer: {shortened(turn)!r}",
             "copy a part of the answer, letter by letter",
         )
     return found

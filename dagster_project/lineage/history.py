@@ -58,6 +58,8 @@ def is_in_repository(root: Path) -> bool:
 
 
 def commit_of(root: Path, rev: str) -> str | None:
+    if rev.startswith("^"):  # git's sign for "not reachable from"
+        return None
     return (
         git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}^{{commit}}") or ""
     ).strip() or None

@@ -16,7 +16,14 @@ LONGEST, SHORTEST = 24, 12
 at least twice LONGEST contains one of them whole."""
 PIECES = re.compile(r"[^\x00-\x1f\x7f\"\\<>&'`\ud800-\udfff]+")
 """Runs of characters that JSON, HTML and CSV leave as they are. JSON may escape
-those beyond ASCII, which is searched for too."""
+those beyond ASCII and of `ALSO_ESCAPED`, which is searched for too."""
+ALSO_ESCAPED: tuple[dict[str, str | int | None], ...] = (
+    {"/": r"\/"},
+    {"=": r"\u003d"},
+    {"+": r"\u002b"},
+    {"\u2028": r"\u2028", "\u2029": r"\u2029"},
+)
+"""Characters that some programs escape in JSON, also where they leave all others: PHP, Gson, .NET and Go."""
 BACKSLASHES = (1, 2, 4)
 """Before an escape in JSON, in JSON that is a text in JSON (arguments of a tool call), and in JSON around that (a row
 in a log)."""
@@ -83,12 +90,20 @@ def _encoded(text: str) -> Iterator[str]:
     if not text.isascii():
         with suppress(UnicodeEncodeError):  # as spreadsheets on Windows write it
             yield text.encode("cp1252").decode("latin-1")
-        escaped = text.encode("ascii", "backslashreplace").decode()  # "\xe9" for Latin-1, which JSON writes as \u00e9
-        escaped = re.sub(r"\\x([0-9a-f]{2})", r"\\u00\1", escaped)
-        escaped = re.sub(r"\\U([0-9a-f]{8})", lambda found: _surrogates(int(found[1], 16)), escaped)
-        # capital letters: as .NET and others write it
-        for spelled in (escaped, re.sub(r"\\u([0-9a-f]{4})", lambda found: f"\\u{found[1].upper()}", escaped)):
-            yield from (spelled.replace("\\", "\\" * count) for count in BACKSLASHES)
+    for spelled in _in_json(text):
+        yield from (spelled.replace("\\", "\\" * count).encode().decode("latin-1") for count in BACKSLASHES)
+
+
+def _in_json(text: str) -> Iterator[str]:
+    """A text with the escapes of JSON, as different programs write them."""
+    escaped = text.encode("ascii", "backslashreplace").decode()  # "\xe9" for Latin-1, which JSON writes as \u00e9
+    escaped = re.sub(r"\\x([0-9a-f]{2})", r"\\u00\1", escaped)
+    escaped = re.sub(r"\\U([0-9a-f]{8})", lambda found: _surrogates(int(found[1], 16)), escaped)
+    for form in dict.fromkeys((text, escaped)):
+        for spelled in {form, *(form.translate(str.maketrans(table)) for table in ALSO_ESCAPED)} - {text}:
+            yield spelled
+            # capital letters: as .NET and others write it
+            yield re.sub(r"\\u([0-9a-f]{4})", lambda found: f"\\u{found[1].upper()}", spelled)
 
 
 def _surrogates(code: int) -> str:

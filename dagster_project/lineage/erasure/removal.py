@@ -70,18 +70,21 @@ def _unzipped(writer: Callable[[bytes, Rows], bytes]) -> Callable[[bytes, Rows],
     return lambda content, rows: gzip.compress(writer(gzip.decompress(content), rows), mtime=0)
 
 
-def _is_blank(line: bytes) -> bool:
-    try:
-        return not line.removeprefix(codecs.BOM_UTF8).decode().strip()
-    except UnicodeDecodeError:
-        return False
+def _lines(content: bytes) -> Iterator[tuple[bytes, bool]]:
+    """Each line, and whether the reader counts it as blank: only the first one can have a byte order mark."""
+    for number, line in enumerate(_by_newline(content)):
+        text = line if number else line.removeprefix(codecs.BOM_UTF8)
+        try:
+            yield line, len(line) <= MAX_ROW_BYTES and not text.decode().strip()
+        except UnicodeDecodeError:
+            yield line, False
 
 
 def _json_lines(content: bytes, rows: Rows) -> bytes:
     kept, number = [], -1
-    for line in _by_newline(content):
-        number += not _is_blank(line)
-        if _is_blank(line) or number not in rows:
+    for line, is_blank in _lines(content):
+        number += not is_blank
+        if is_blank or number not in rows:
             kept.append(line)
     return b"".join(kept)
 
@@ -151,10 +154,9 @@ def _csv(content: bytes, rows: Rows) -> bytes:
 def _paragraphs(content: bytes, rows: Rows) -> bytes:
     """Paragraphs with the blank lines after them."""
     kept, number, inside = [], -1, False
-    for line in _by_newline(content):
-        blank = _is_blank(line)
-        number += not blank and not inside
-        inside = not blank
+    for line, is_blank in _lines(content):
+        number += not is_blank and not inside
+        inside = not is_blank
         if number not in rows:
             kept.append(line)
     return b"".join(kept)

@@ -1,7 +1,7 @@
 """Searches files of any kind for erased records.
 
 As bytes, and decompressed: Parquet, Arrow, zip, gzip, bzip2, xz, Zstandard and LZ4, also in tar. UTF-16 is read as
-text. SQLite stores text as it is.
+text, and SQLite also row by row, because it divides long values between pages.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import gzip
 import io
 import lzma
 import os
+import sqlite3
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +39,12 @@ CLOSED = (b"7z\xbc\xaf\x27\x1c", b"Rar!")
 """How archives begin that are not opened, but counted."""
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 """How texts of some programs for Windows begin."""
+SQLITE = b"SQLite format 3\0"
+"""How a database begins."""
+ROLLBACK = b"\x01\x01"
+"""Bytes 18 and 19 of a database that has no write-ahead log, as SQLite requires of one in memory."""
+MAY_SPAN_PAGES = 60
+"""Bytes that a row has at least of which a part is on another page. Searched as bytes, all others are found."""
 MOST = 2**30
 """Bytes that a part of an archive may have when it is decompressed; a larger one counts as unreadable."""
 TEXT, ID, SURE = "text", "id", "sure"
@@ -109,10 +117,12 @@ class Scanner:
             with path.open("rb") as file:
                 head = file.read(HEAD)
                 file.seek(0)
-                if _is_packed(head) and not _is_tar(head):
+                if _is_packed(head) and not _is_tar(head) and not head.startswith(SQLITE):
                     self._content(file.read(), str(path), 0, found)
                     return found
-                self._stream(file, found)  # one in tar is not read at once: it may have large files
+                self._stream(file, found)  # tar and databases are not read at once: they may be large
+                if head.startswith(SQLITE):
+                    self._parts(_texts_of_database(path), str(path), 0, found)
                 if _is_tar(head):
                     self._parts(_packed_members(file), str(path), 0, found)
         except FileNotFoundError:
@@ -148,6 +158,7 @@ class Scanner:
             lzma.LZMAError,
             zipfile.BadZipFile,
             tarfile.TarError,
+            sqlite3.DatabaseError,
             NotImplementedError,
             RuntimeError,
             ValueError,
@@ -175,7 +186,7 @@ class Scanner:
 
 def _is_packed(head: bytes) -> bool:
     return _is_tar(head) or head.startswith(
-        (b"PAR1", b"ARROW1", ARROW_STREAM, b"PK\x03\x04", *COMPRESSED, *CLOSED, *UTF_16)
+        (b"PAR1", b"ARROW1", ARROW_STREAM, b"PK\x03\x04", SQLITE, *COMPRESSED, *CLOSED, *UTF_16)
     )
 
 
@@ -208,8 +219,30 @@ def _unpacked(data: bytes) -> Iterator[bytes]:
             for entry in archive.infolist():
                 with archive.open(entry) as file:
                     yield _bounded(file.read(MOST + 1))
+    elif data.startswith(SQLITE):
+        yield from _texts_of_database(_bounded(data))
     else:
         yield from _table_texts(data)
+
+
+def _texts_of_database(stored: Path | bytes) -> Iterator[bytes]:
+    """Texts and bytes of the long rows of a SQLite file, which is opened without locks and never written."""
+    on_disk = f"{stored.absolute().as_uri()}?mode=ro&immutable=1" if isinstance(stored, Path) else ":memory:"
+    with closing(sqlite3.connect(on_disk, uri=True)) as db:
+        if isinstance(stored, bytes):
+            db.deserialize(stored[:18] + ROLLBACK + stored[20:])
+        db.text_factory = bytes
+        db.execute("PRAGMA trusted_schema = OFF")
+        tables = "SELECT name FROM sqlite_master WHERE type = 'table' AND sql NOT LIKE 'CREATE VIRTUAL%'"
+        for name in [_quoted(row[0]) for row in db.execute(tables)]:
+            columns = [_quoted(row[1]) for row in db.execute(f"PRAGMA table_info({name})")]
+            size = " + ".join(f"ifnull(length(CAST({column} AS BLOB)), 0)" for column in columns)
+            for row in db.execute(f"SELECT * FROM {name} WHERE {size} >= {MAY_SPAN_PAGES}"):
+                yield b"\n".join(value for value in row if isinstance(value, bytes))
+
+
+def _quoted(name: bytes) -> str:
+    return '"' + name.decode().replace('"', '""') + '"'
 
 
 def _decompressed(data: bytes) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from dagster_project.lineage.graph import closure
 from dagster_project.lineage.index import Index, RecordUse
 from dagster_project.lineage.rows import LEDGER, record_key
 from dagster_project.lineage.runs import StageRun
+
+HASH = re.compile(r"[0-9a-f]+(\.dir)?")
 
 
 @dataclass
@@ -211,6 +214,8 @@ class Matches:
             raise InputError(
                 f"--hash {digest!r}: {len(prefix)} digits do not name one hash", "give at least six digits"
             )
+        if not HASH.fullmatch(prefix):
+            raise InputError(f"--hash {digest!r}: not a hash", "give a sha256 or md5, or at least its first six digits")
         sources = index.outputs_by_source_hash(prefix)
         if sources:
             self.match_sources(sources)

@@ -10,9 +10,8 @@ from contextlib import closing
 from pathlib import Path
 
 from dagster_project.core.errors import Busy
-from dagster_project.lineage.erasure.scan import SURE, Scanner
+from dagster_project.lineage.erasure.scan import SQLITE, SURE, Scanner
 
-MAGIC = b"SQLite format 3\0"
 LONGEST_WAIT = 30.0
 """Seconds to wait for another process that writes."""
 ROWS = 1000
@@ -27,7 +26,7 @@ def database_of(path: Path) -> Path | None:
     base = path.with_name(path.name.removesuffix(ending))
     try:
         with base.open("rb") as file:
-            return base if file.read(len(MAGIC)) == MAGIC else None
+            return base if file.read(len(SQLITE)) == SQLITE else None
     except FileNotFoundError:
         return None
 
