@@ -220,7 +220,7 @@ def test_a_question_is_compared_with_those_of_the_validation_split(
         expected.append(vector / np.linalg.norm(vector))
     known = why_calibration.read(target)
     assert known is not None
-    _, gradient = target.model.of_span(question(target, Options(*QUESTION[1::2]), None, tokenizer).example)
+    _, gradient = target.model.of_span(question(Options(*QUESTION[1::2]), None, tokenizer, None).example)
     [scores] = stored.scores(target.projection.project(gradient).numpy()[None])
     assert compared["p"] == round(known.p_value(scores), 4) and compared["excess"] == round(known.excess(scores), 4)
     assert found["distribution"]["first"] == round(float(scores.max()), 4)
@@ -252,7 +252,7 @@ def test_many_records_are_answered_from_few_gradients_and_a_note_says_so(
     assert 4 <= read < 28
     target = why_model.target(root, MODEL)
     stored = target.store.read()
-    example = question(target, Options(*QUESTION[1::2]), None, tokenizer_of(target)).example
+    example = question(Options(*QUESTION[1::2]), None, tokenizer_of(target), None).example
     asked = target.projection.project(target.model.of_span(example)[1]).numpy()[None]
     [scores] = stored.scores(asked)
     numbers = {record.example_id: i for i, record in enumerate(target.records)}

@@ -206,7 +206,7 @@ def test_a_score_is_the_mean_of_the_scores_at_the_points(indexed: Path, capsys: 
     assert len(mean) == 28 and mean != scores()
     from dagster_project.commands.why_question import Options, question, tokenizer_of
 
-    asked = question(found, Options("Where is my hat?", "In the blue box.", "blue"), None, tokenizer_of(found))
+    asked = question(Options("Where is my hat?", "In the blue box.", "blue"), None, tokenizer_of(found), None)
     of_points = []
     for point in at_points(found, PointSelection(3)):
         _, gradient = point.model.of_span(asked.example)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,15 +41,20 @@ def why(options: argparse.Namespace) -> int:
         return _suspects(options)
     if options.prompt is None:
         return _index_gradients(options)
-    with lean_imports():
-        from dagster_project.commands import why as module
-        from dagster_project.commands.why_question import Options
-        from dagster_project.views.why import why_page
+    from dagster_project.commands import model_process
 
-    asked = Options(options.prompt, options.answer, options.span, options.system, options.top, _points(options))
-    document = module.answer_why(
-        project(options), options.model, asked, options.index, (options.draws or DRAWS) if options.prove else None
-    )
+    with ExitStack() as stack:
+        process = None
+        if not (options.index or options.prove or options.checkpoints or options.second_moments):
+            process = stack.enter_context(model_process.started("why", project(options)))
+        with lean_imports():
+            from dagster_project.commands import why as module
+            from dagster_project.commands.why_question import Options
+            from dagster_project.views.why import why_page
+
+        asked = Options(options.prompt, options.answer, options.span, options.system, options.top, _points(options))
+        draws = (options.draws or DRAWS) if options.prove else None
+        document = module.answer_why(project(options), options.model, asked, options.index, draws, process)
     _show(options, document, why_page, module.as_text)
     return 1 if options.prove and not document["proof"]["supported"] else 0
 

@@ -4,23 +4,32 @@ a question and its answer, or a part of the answer (docs/why.md)."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dagster_project.commands import why_calibration
+from dagster_project.commands.model_process import ModelProcess
 from dagster_project.commands.nearest_records import TRAIN, cut, places_in, system_of
 from dagster_project.commands.why_checkpoints import at_points, steps_at
 from dagster_project.commands.why_checkpoints import index as index_points
 from dagster_project.commands.why_model import BASE_MODEL, Target, start_of
-from dagster_project.commands.why_pairs import PairTarget, asked_of
+from dagster_project.commands.why_pairs import PairTarget, asked_of, pair_trainings
 from dagster_project.commands.why_pairs import asked as asked_model
 from dagster_project.commands.why_prove import prove, refuse_draws
-from dagster_project.commands.why_question import Options, Question, question, tokenize, tokenizer_of
-from dagster_project.core import bounded_templates
+from dagster_project.commands.why_question import (
+    AnsweringModel,
+    Options,
+    Question,
+    ask_loaded,
+    question,
+    tokenize,
+    tokenizer_of,
+)
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Messages, Tools
@@ -38,6 +47,9 @@ from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import find, trained_on
 from dagster_project.training.methods.hardware import import_libraries
 from dagster_project.views.texts import text
+
+if TYPE_CHECKING:
+    import numpy as np
 
 log = logging.getLogger("pedigree")
 
@@ -57,46 +69,84 @@ def index(root: Path, model: str, selection: PointSelection) -> dict[str, Any]:
     return {"model": model_of(found), "index": index_points(found, selection)}
 
 
-def answer_why(root: Path, model: str, options: Options, with_index: bool, draws: int | None) -> dict[str, Any]:
+def answer_why(
+    root: Path,
+    model: str,
+    options: Options,
+    with_index: bool,
+    draws: int | None,
+    process: ModelProcess | None = None,
+) -> dict[str, Any]:
     """Rank the records that a model was trained on for a question.
 
     Args:
         with_index: compute gradients that are missing, instead of refusing.
         draws: sets of random records to compare with, in a check by training again; None: no check.
+        process: asks the end of a supervised training while this one reads files, unless gradients are missing or many;
+            None: this one asks.
     Raises:
         InputError: as `target`; the answer or the part of it is empty or not found; or gradients are missing.
     """
     if draws is not None:
         refuse_draws(draws)  # before gradients are computed
-    document, found, asked = ask(root, model, options, with_index, draws is not None)
+    document, found, asked = ask(root, model, options, with_index, draws is not None, process)
     if draws is not None:
         document["proof"] = prove(found, asked, document["hits"], draws)
     return document
 
 
 def ask(
-    root: Path, model: str, options: Options, with_index: bool, proves: bool = False
+    root: Path,
+    model: str,
+    options: Options,
+    with_index: bool,
+    proves: bool = False,
+    process: ModelProcess | None = None,
 ) -> tuple[dict[str, Any], Target, Question]:
     """As `answer_why` without the check. Returns: the document, and what the check goes on with."""
     if not options.prompt.strip():
         raise InputError("--prompt: empty", "give the text of a question")
     subject = find(Index(root), model)
-    attributed = None
-    with ThreadPoolExecutor(1) as pool:
-        imported = pool.submit(import_libraries)  # while files are hashed and read
+    if process and pair_trainings(subject):  # whose texts are read with the tokenizer, in this process
+        process.end()
+        process = None
+    with nullcontext() if process else _importing():
         found = asked_of(root, model, subject)
         _refuse_unanswerable(found, options, proves)
-        if not with_index and not isinstance(found, PairTarget):  # whose texts are read with the tokenizer
-            attributed = Attributed.read(found, options.points)
-            attributed.read_records()
-            bounded_templates.render("", {})  # starts the process that renders the question
-        imported.result()  # two threads that import parts of transformers find modules that are not complete
+    if process and not found.store.is_large and found.store.is_complete():
+        document, asked = _ask_in(process, found, options)
+        return document, found, asked
+    import_libraries()
     indexed = index_points(found, options.points) if with_index else None
-    attributed = attributed or Attributed.read(found, options.points)
+    attributed = Attributed.read(found, options.points)
     system, notes = _system(attributed.texts, options)
-    asked = question(found, options, system, attributed.texts.tokenizer)
+    answering = AnsweringModel.of(found) if options.answer is None else None
+    asked = question(options, system, attributed.texts.tokenizer, answering)
     document = attributed.rank(asked, replace(options, system=system), notes)
     return {"model": document["model"], **({"index": indexed} if indexed else {}), **document}, found, asked
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Import libraries while the block reads files."""
+    with ThreadPoolExecutor(1) as pool:
+        imported = pool.submit(import_libraries)
+        yield
+        imported.result()  # two threads that import parts of transformers find modules that are not complete
+
+
+def _ask_in(process: ModelProcess, found: Target, options: Options) -> tuple[dict[str, Any], Question]:
+    """The document of a question about a model that another process loads, and the question."""
+    attributed = Attributed(found, END_ONLY, why_calibration.read(found))
+    system, notes = _system(attributed.texts, options)
+    answering = AnsweringModel.of(found) if options.answer is None else None
+    results = process.start(ask_loaded, options, system, answering, found.loading, found.store)
+    _ = attributed.places  # are read meanwhile
+    asked, options = next(results), replace(options, system=system)
+    words = attributed.word_scores(asked, options)
+    value, scores = next(results)
+    process.end()
+    return attributed.document(asked, value, words, scores, options, notes), asked
 
 
 @dataclass(frozen=True)
@@ -105,8 +155,6 @@ class Attributed:
 
     found: Target
     points: PointSelection
-    gradients: list[Gradients]
-    """For each point of the training."""
     known: Calibration | None
 
     @classmethod
@@ -114,9 +162,15 @@ class Attributed:
         """Raises:
         InputError: gradients are missing or damaged.
         """
-        stored = [target.store.read() for target in at_points(found, points)]
         known = why_calibration.mean([why_calibration.read(target) for target in at_points(found, points)])
-        return cls(found, points, stored, known)
+        attributed = cls(found, points, known)
+        _ = attributed.gradients
+        return attributed
+
+    @cached_property
+    def gradients(self) -> list[Gradients]:
+        """For each point of the training."""
+        return [target.store.read() for target in at_points(self.found, self.points)]
 
     @cached_property
     def texts(self) -> Texts:
@@ -125,10 +179,6 @@ class Attributed:
     @cached_property
     def places(self) -> dict[str, dict[str, Any]]:
         return places_of(self.found)
-
-    def read_records(self) -> None:
-        """Read texts and places of the records, which need no model."""
-        _ = self.texts, self.places
 
     def answer(self, said: Messages, ended: bool, tools: Tools, span: str | None, top: int) -> dict[str, Any]:
         """Rank the records for the last answer of a conversation.
@@ -149,19 +199,43 @@ class Attributed:
             options: with the system prompt of the question.
             notes: about the question.
         """
-        found, known, texts = self.found, self.known, self.texts
         searches = list[Search]()
-        for target, gradients in zip(at_points(found, self.points), self.gradients, strict=True):
+        for target, gradients in zip(at_points(self.found, self.points), self.gradients, strict=True):
             value, gradient = _asked_gradient(target, asked)
             searches.append(Search(gradients, target.projection.project(gradient).numpy()))
+        words = self.word_scores(asked, options)
+        scores = search(searches, *words, self.known.scores.max(0) if self.known else None, options.top)
+        return self.document(asked, value, words, scores, options, notes)
+
+    def word_scores(self, asked: Question, options: Options) -> tuple[np.ndarray, np.ndarray]:
+        """BM25 of each record: of the words of the prompt, and of those of the asked part; (records,) each."""
+        texts = self.texts
+        documents = [
+            " ".join(filter(None, [*texts.of(record), texts.rejected(record)])) for record in self.found.records
+        ]
+        prompt, part = bm25(documents, [options.prompt, options.span or response_text(asked.messages) or asked.turn])
+        return prompt, part
+
+    def document(
+        self,
+        asked: Question,
+        value: float,
+        words: tuple[np.ndarray, np.ndarray],
+        scores: Found,
+        options: Options,
+        notes: Sequence[str],
+    ) -> dict[str, Any]:
+        """As `rank`, with the scores.
+
+        Args:
+            value: log-probability of what is asked, in nats, or the reward of a reward model.
+            words: as `word_scores`.
+        """
+        found, known, texts = self.found, self.known, self.texts
         points = dict[str, Any]()
         if self.points != END_ONLY:
             points = {"steps": steps_at(found, self.points), "second_moments": self.points.scaled}
-        documents = [" ".join(filter(None, [*texts.of(record), texts.rejected(record)])) for record in found.records]
-        words = options.span or response_text(asked.messages) or asked.turn
-        prompt, part = bm25(documents, [options.prompt, words])
-        scores = search(searches, prompt, part, known.scores.max(0) if known else None, options.top)
-        ranking = Ranking.of(scores.scores, prompt, part)
+        ranking = Ranking.of(scores.scores, *words)
         estimates = list[str]()
         if scores.error is not None:
             estimates = [_about_estimates(scores.error, int(scores.read.sum()), len(found.records))]

@@ -134,14 +134,19 @@ class Target:
     def load(self) -> TrainedModel:
         """The model at the end of its training, loaded anew."""
         with lean_imports():  # of the model's own module
-            return TrainedModel.load(
-                self.folder,
-                self.base_model,
-                self._one_process,
-                self.run.address,
-                self.entry.label_smoothing_factor,
-                self.entry.peft,
-            )
+            return TrainedModel.load(**self.loading)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of `TrainedModel.load`."""
+        return {
+            "folder": self.folder,
+            "base_model": self.base_model,
+            "compute": self._one_process,
+            "where": self.run.address,
+            "label_smoothing": self.entry.label_smoothing_factor,
+            "options": self.entry.peft,
+        }
 
     @property
     def _one_process(self) -> Compute:

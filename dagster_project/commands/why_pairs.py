@@ -25,6 +25,7 @@ from dagster_project.lineage.attribution.records import TrainedRecord
 from dagster_project.lineage.attribution.store import GradientStore, identity_of
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import Subject, find
+from dagster_project.lineage.runs import StageRun
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +121,7 @@ def asked_of(root: Path, model: str, subject: Subject) -> Target:
     Raises:
         InputError: its answers cannot be attributed, or the files of its training are not in the workspace.
     """
-    trained = [run for run in subject.models if run.stage in (ALIGNED, REWARD_MODEL)]
+    trained = pair_trainings(subject)
     if not trained:
         return target_of(root, model, subject)
     found = PairTarget(root, model, subject, trained[-1], root)
@@ -132,6 +133,11 @@ def asked_of(root: Path, model: str, subject: Subject) -> Target:
     refuse_other_files(root, found.run)
     refuse_pair_method(found)
     return found
+
+
+def pair_trainings(subject: Subject) -> list[StageRun]:
+    """Those that a model was made by, the last one last."""
+    return [run for run in subject.models if run.stage in (ALIGNED, REWARD_MODEL)]
 
 
 def refuse_pair_method(found: PairTarget) -> None:

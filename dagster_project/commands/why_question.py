@@ -4,7 +4,8 @@ training, with the tokens that are asked about as labels."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,18 @@ from dagster_project.commands.why_model import Target
 from dagster_project.core import params
 from dagster_project.core.chat import IGNORE, encode_pieces, encode_prompt, examples_of
 from dagster_project.core.errors import InputError
+from dagster_project.core.imports import lean_imports
 from dagster_project.core.messages import Messages, Tools
+from dagster_project.core.params import Compute
 from dagster_project.core.rendering import end_ids, end_tokens
 from dagster_project.core.text import shortened
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
+from dagster_project.lineage.attribution.gradients import TrainedModel
 from dagster_project.lineage.attribution.points import END_ONLY, PointSelection
+from dagster_project.lineage.attribution.projection import Projection
 from dagster_project.lineage.attribution.records import Example
+from dagster_project.lineage.attribution.search import Found, Search, read_all
+from dagster_project.lineage.attribution.store import GradientStore
 from dagster_project.lineage.history import md5_on_disk
 from dagster_project.training.inference.answers import read_answer
 from dagster_project.training.inference.generate import generate_ids
@@ -59,18 +66,47 @@ class Question:
         return sum(label != IGNORE for label in self.example.labels)
 
 
-def question(found: Target, options: Options, system: str | None, tokenizer: Any) -> Question:
-    """Tokenize a question with its answer, which the model gives if it is not given.
+@dataclass(frozen=True)
+class AnsweringModel:
+    """The model that answers a question, not loaded yet."""
+
+    folder: Path
+    base_model: Path
+    compute: Compute
+    settings: Settings
+    name: str
+
+    @classmethod
+    def of(cls, found: Target) -> AnsweringModel:
+        """Raises:
+        InputError: its files were changed.
+        """
+        settings = params.parse(Settings, params.read(found.root).get("evaluation"), "evaluation")
+        return cls(answering(found), found.base_model, found.compute, settings, found.run.address)
+
+    def answer(self, prompt: Messages) -> tuple[dict[str, Any], bool]:
+        """The model's most likely answer, as evaluation makes it: the message, and whether the model ended it."""
+        model = EvaluatedModel(self.folder, self.compute, self.settings, self.base_model)
+        tokenizer, longest = model.tokenizer, self.settings.max_new_tokens
+        ids = encode_prompt(tokenizer, prompt, None)[-max(1, tokenizer.model_max_length - longest) :]
+        [given] = generate_ids(model.model, tokenizer, [ids], longest, 1, f"{self.name}: answers")
+        return dict(read_answer(tokenizer, ids, given).message), bool(given) and given[-1] in end_ids(tokenizer)
+
+
+def question(options: Options, system: str | None, tokenizer: Any, model: AnsweringModel | None) -> Question:
+    """Tokenize a question with its answer.
 
     Args:
         tokenizer: of the model (`tokenizer_of`).
+        model: gives the answer if `options` has none.
 
     Raises:
         InputError: the answer is empty, too long, or does not contain the part that is asked about.
     """
     prompt = [*opening(system), {"role": "user", "content": options.prompt}]
     if options.answer is None:
-        reply, ended = answer(found, prompt)
+        assert model
+        reply, ended = model.answer(prompt)
     else:
         reply, ended = {"role": "assistant", "content": options.answer}, True
     if not any(reply.get(name) for name in ("content", "reasoning_content", "tool_calls")):
@@ -165,17 +201,6 @@ def _labels(tokenizer: Any, text: str, ids: Sequence[int], spans: Sequence[tuple
     ]
 
 
-def answer(found: Target, prompt: Messages) -> tuple[dict[str, Any], bool]:
-    """The model's most likely answer, as evaluation makes it: the message, and whether the model ended it."""
-    values = params.read(found.root)
-    settings = params.parse(Settings, values.get("evaluation"), "evaluation")
-    model = EvaluatedModel(answering(found), found.compute, settings, found.base_model)
-    tokenizer, longest = model.tokenizer, settings.max_new_tokens
-    ids = encode_prompt(tokenizer, prompt, None)[-max(1, tokenizer.model_max_length - longest) :]
-    [given] = generate_ids(model.model, tokenizer, [ids], longest, 1, f"{found.run.address}: answers")
-    return dict(read_answer(tokenizer, ids, given).message), bool(given) and given[-1] in end_ids(tokenizer)
-
-
 def answering(found: Target) -> Path:
     """Folder of the model that answers: the one that was asked, if the workspace has it, else its adapter.
 
@@ -197,3 +222,29 @@ def answering(found: Target) -> Path:
 
 def tokenizer_of(found: Target) -> Any:
     return load_tokenizer(found.base_model, found.folder)
+
+
+def ask_loaded(
+    options: Options,
+    system: str | None,
+    answering: AnsweringModel | None,
+    loading: Mapping[str, Any],
+    store: GradientStore,
+) -> Iterator[Question | tuple[float, Found]]:
+    """Load a supervised model and ask it, in a process of its own (`commands/model_process.py`).
+
+    Args:
+        loading: arguments of `TrainedModel.load`.
+        store: complete, and not large.
+    Yields:
+        The question; then its log-probability and the scores of all records.
+    """
+    asked = question(options, system, load_tokenizer(loading["base_model"], loading["folder"]), answering)
+    yield asked
+    with ThreadPoolExecutor(1) as pool:
+        stored = pool.submit(store.read)
+        with lean_imports():  # of the model's own module
+            model = TrainedModel.load(**loading).weakened()
+        value, gradient = model.of_span(asked.example)
+        projected = Projection().project(gradient).numpy()
+        yield value, read_all([Search(stored.result(), projected)])

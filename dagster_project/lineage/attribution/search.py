@@ -83,8 +83,7 @@ def search(
     import numpy as np
 
     if points[0].gradients.sketches is None:
-        scores = np.mean([one.all() for one in points], axis=0)
-        return Found(scores, np.ones(len(scores), bool), None)
+        return read_all(points)
     raw = np.mean([one.estimates() for one in points], axis=0)
     probes = probes_of(len(raw))
     of_probes = np.mean([one.of_probes() for one in points], axis=0)
@@ -103,6 +102,14 @@ def search(
     while not read[listed := np.argsort(-totals(scores, prompt, part), kind="stable")[:shown]].all():
         read_more(listed)
     return Found(scores, read, error)
+
+
+def read_all(points: Sequence[Search]) -> Found:
+    """As `search`, from the gradients of all records."""
+    import numpy as np
+
+    scores = np.mean([one.all() for one in points], axis=0)
+    return Found(scores, np.ones(len(scores), bool), None)
 
 
 def _spread(scores: np.ndarray) -> float:
