@@ -118,7 +118,7 @@ def test_the_libraries_do_not_import_the_compiler() -> None:
     heavy = [
         "torch._dynamo.utils",
         "torch._inductor",
-        "torch.distributed.tensor",
+        "torch.distributed.tensor._ops",
         "torch.export.graph_signature",
     ]
     if Version(version("torch")) < Version("2.15"):  # whose flex_attention imports it
@@ -245,7 +245,34 @@ import torch.distributed as dist
 dist.init_process_group("gloo", init_method="file://{tmp_path}/group", rank=0, world_size=1)
 {IMPORTED}
 from transformers.utils import is_torch_distributed_available
-assert is_torch_distributed_available() and "torch.distributed.tensor" in sys.modules
+assert is_torch_distributed_available() and "torch.distributed.tensor._ops" in sys.modules
+dist.destroy_process_group()
+""")
+
+
+def test_a_model_is_saved_and_trl_imported_without_distributed_tensors(tiny_model: Path, tmp_path: Path) -> None:
+    in_a_process(f"""{IMPORTED}
+from transformers import AutoModelForCausalLM
+from trl import SFTTrainer
+model = AutoModelForCausalLM.from_pretrained({str(tiny_model)!r}, use_safetensors=True)
+model.save_pretrained({str(tmp_path)!r})
+assert "torch.distributed.tensor._ops" not in sys.modules
+""")
+
+
+def test_a_distributed_tensor_is_one_for_a_library_that_took_the_class_before(tmp_path: Path) -> None:
+    in_a_process(f"""{IMPORTED}
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor as early
+assert dist.tensor.DTensor is early and not isinstance(torch.ones(2), early)
+assert "torch.distributed.tensor._ops" not in sys.modules
+dist.init_process_group("gloo", init_method="file://{tmp_path}/group", rank=0, world_size=1)
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, init_device_mesh
+found = distribute_tensor(torch.ones(2), init_device_mesh("cpu", (1,)), [Replicate()])
+assert type(found) is DTensor and DTensor is not early and dist.tensor.DTensor is DTensor
+assert isinstance(found, early) and not isinstance(torch.ones(2), early)
+assert early.from_local == DTensor.from_local and not hasattr(early, "no_such_name")
 dist.destroy_process_group()
 """)
 

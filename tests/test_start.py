@@ -417,6 +417,19 @@ print(json.dumps([[few, still, len(transformers._class_to_module), *used], every
     assert both == names_of_transformers(f"{NAMES}print(json.dumps([names(transformers), names(transformers.models)]))")
 
 
+def test_a_stage_that_uses_only_tokenizers_reads_the_files_of_few_models(tiny_model: Path) -> None:
+    code = f"""import json, sys
+from pathlib import Path
+from dagster_project.commands import own_process
+own_process.prepare(["run", "tokenized"])
+from dagster_project.training.methods.load import load_tokenizer
+model = Path({str(tiny_model)!r})
+load_tokenizer(model, model)
+transformers = sys.modules["transformers"]
+print(json.dumps(["torch" in sys.modules, len(transformers._class_to_module) < 1_000]))"""
+    assert names_of_transformers(code) == [False, True]
+
+
 @pytest.mark.parametrize("name", FROM_MODELS)
 def test_every_name_of_transformers_can_be_imported_first(name: str) -> None:
     lean = "from dagster_project.core.imports import import_transformers\nimport_transformers()\n"

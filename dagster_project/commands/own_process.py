@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from dagster_project.core import waiting
-from dagster_project.core.imports import lean_imports
+from dagster_project.core.imports import import_transformers, lean_imports
 
 COMPUTING = frozenset({"run", "chat", "serve", "why", "bisect", "plan"})
 """Commands that compute with torch. `plan` times operations, so its threads
@@ -31,6 +31,7 @@ def prepare(arguments: Sequence[str]) -> None:
     if arguments[:1] == ["run"] and ONLY_TOKENIZERS & {*arguments}:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it does without torch
         with suppress(ModuleNotFoundError), lean_imports("torch"):
+            import_transformers()
             from transformers.utils import is_torch_available
 
             is_torch_available()  # it looks once

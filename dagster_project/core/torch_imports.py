@@ -14,6 +14,7 @@ from dagster_project.core.versions import require_version
 
 COMPILER = "torch._dynamo"
 _TRACING = f"{COMPILER}._trace_wrapped_higher_order_op"
+TENSORS = "torch.distributed.tensor"
 _META_KERNELS = ("_meta_registrations", "_decomp", "_refs", "_prims")
 
 
@@ -92,12 +93,31 @@ def _load_where_missing() -> None:
 
 
 def _hide_groups() -> None:
-    """From now on torch says that it has process groups where this process is in one: otherwise libraries import
-    distributed tensors, and with them the compiler's symbols (sympy)."""
+    """Without a process group, import distributed tensors only when something of them is used, and say that torch has
+    groups when this process is in one: otherwise libraries import them, and the compiler's symbols (sympy) with them,
+    to test whether a tensor is one."""
     import torch
 
-    if torch.distributed.is_available():  # not in every build
-        torch.distributed.is_available = torch.distributed.is_initialized
+    if not torch.distributed.is_available():  # not in every build
+        return
+    if not torch.distributed.is_initialized() and (waiting := postpone({TENSORS: {"DTensor": _DistributedTensor}})):
+        torch.distributed.tensor = waiting.modules[TENSORS]
+    torch.distributed.is_available = torch.distributed.is_initialized
+
+
+class _OfDistributedTensors(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        kind = vars(sys.modules[TENSORS])["DTensor"]  # this one until the module is imported: so there are no instances
+        return kind is not cls and isinstance(instance, kind)
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(loaded(TENSORS).DTensor, name)
+
+
+class _DistributedTensor(metaclass=_OfDistributedTensors):
+    """The class of distributed tensors, for libraries that test whether a tensor is one."""
 
 
 def _mark(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Any:
