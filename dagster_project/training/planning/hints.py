@@ -12,6 +12,7 @@ from typing import Any
 from dagster_project.core.context import ExecutionHints, StageContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import read_table
+from dagster_project.core.torch_imports import load_meta_kernels
 from dagster_project.training.methods.hardware import available_memory, prepare
 from dagster_project.training.planning import memory
 from dagster_project.training.trainers.harness.distributed import claim_gpu, gpus_of
@@ -93,6 +94,7 @@ def forecast_training(
         return Forecast(ExecutionHints())  # the stage reports that there are no rows
     examples = sum(len(row["example_ids"]) for row in train)
     params = auto.settle(params, examples, len(train), bool(rows["validation"]), processes).params
+    load_meta_kernels()  # which the prediction needs in this process
     runtime = memory.resident() if device.type == "cpu" else 0  # before the model is loaded
     free = available_memory(device.type, here)
     # without runtime: the libraries are in memory already
