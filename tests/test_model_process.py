@@ -29,11 +29,12 @@ def trained(_trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(_trained, tmp_path_factory.mktemp("why") / "project", symlinks=True))
 
 
-def start(root: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(root: Path, *arguments: str, nohup: bool = False) -> subprocess.Popen[str]:
     """A question in a process group of its own, as a shell starts it."""
     return subprocess.Popen(
         [sys.executable, "-m", "dagster_project", *QUESTION, *arguments], cwd=root, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL),
     )  # fmt: skip
 
 
@@ -98,6 +99,14 @@ def test_an_interrupt_of_both_is_one_line_and_ends_both(trained: Path, number: i
     shown, error = command.communicate(timeout=120)
     assert command.returncode == 130 and not shown and not other.is_running()
     assert error.splitlines()[-1] == "interrupted; nothing was recorded" and "Traceback" not in error
+
+
+def test_both_outlive_the_terminal_with_nohup(trained: Path) -> None:
+    command = start(trained, *ANSWER, nohup=True)
+    model_process(command)
+    os.killpg(command.pid, signal.SIGHUP)
+    shown, error = command.communicate(timeout=120)
+    assert command.returncode == 0 and "Where is my hat?" in shown, error
 
 
 def test_it_ends_with_the_command_that_is_killed(trained: Path) -> None:

@@ -110,8 +110,10 @@ _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 def _serve(pipe: Connection, command: str, project: Path) -> None:
     """Import the libraries, then compute what is asked for."""
-    for number in _SIGNALS:  # Ctrl-C signals the whole process group: the process of the command ends this one
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is of the whole process group: the command ends this process
+    for number in _SIGNALS - {signal.SIGINT}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as by `nohup`
+            signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     end_with_parent()
     try:
