@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import signal
 import sys
@@ -18,8 +17,6 @@ from dagster_project.core import params  # noqa: F401 both processes need it
 from dagster_project.core.errors import PedigreeError
 from dagster_project.core.imports import lean_imports
 from dagster_project.core.workers import end_with_parent
-
-log = logging.getLogger("pedigree")
 
 THREADED = ("torch", "polars", "pyarrow")
 """Libraries with threads of their own, with which a fork of this process may hang."""

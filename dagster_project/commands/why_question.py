@@ -231,7 +231,7 @@ def ask_loaded(
     loading: Mapping[str, Any],
     store: GradientStore,
 ) -> Iterator[Question | tuple[float, Found]]:
-    """Load a supervised model and ask it, in a process of its own (`commands/model_process.py`).
+    """Load a supervised model and ask it, in another process (`commands/model_process.py`).
 
     Args:
         loading: arguments of `TrainedModel.load`.
