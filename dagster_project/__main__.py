@@ -110,4 +110,6 @@ class _Formatter(logging.Formatter):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    ending.forget_unhandled()
+    sys.exit(code)

@@ -174,6 +174,15 @@ def flush() -> None:
             discard(stream)
 
 
+def forget_unhandled() -> None:
+    """Let the process end with the exit code of its command after an interrupt that was handled.
+
+    With `python -m`, CPython ends a process by SIGINT if an interrupt ever left the code of an `exec` or `eval` of a
+    string, as `dataclasses` runs it, also where it was caught later. Another such code resets what it remembers.
+    """
+    exec("")
+
+
 def explained(error: BaseException, interrupts: Interrupts, command: str, project: Path) -> PedigreeError | None:
     """The message to the user about an exception; None if it is a defect of this program."""
     if isinstance(error, Interrupted):  # a training stopped where it can resume
