@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from dagster_project.training.methods import fused_lora
+from dagster_project.training.methods import compiled_lora, fused_lora
 
 
 def pair(folder: Path, dtype: torch.dtype = torch.float32, **keys: Any) -> tuple[Any, Any]:
@@ -64,7 +64,7 @@ def test_dropout_keeps_the_right_share_and_its_gradients(dtype: torch.dtype) -> 
     result, x = torch.randn(64, 6, dtype=dtype), torch.randn(64, 48, dtype=dtype)
     a, b, out_gradient = torch.randn(4, 48), torch.randn(6, 4), torch.randn(64, 6, dtype=dtype)
     ours = [tensor.clone().requires_grad_() for tensor in (result, x, a, b)]
-    out, _, kept = fused_lora.update(*ours, 0.5, 0.25)
+    out, _, kept = compiled_lora.update(*ours, 0.5, 0.25)
     out.backward(out_gradient)
     assert 0.7 < float((kept != 0).float().mean()) < 0.8
     exact = [tensor.double().requires_grad_() for tensor in (result, x, a, b)]
@@ -83,7 +83,7 @@ def test_eager_and_compiled_training_have_the_same_bits(dtype: torch.dtype, drop
     tensors = [torch.randn(2, 33, 40, dtype=dtype), torch.randn(2, 33, 48, dtype=dtype)]
     tensors += [torch.randn(4, 48), torch.randn(40, 4)]
     out_gradient, found = torch.randn(2, 33, 40, dtype=dtype), list[list[torch.Tensor]]()
-    for compute in (lambda *given: fused_lora.update(*given)[0], fused_lora.EagerUpdate.apply):
+    for compute in (lambda *given: compiled_lora.update(*given)[0], fused_lora.EagerUpdate.apply):
         leaves = [tensor.clone().requires_grad_() for tensor in tensors]
         torch.manual_seed(7)
         out = compute(*leaves, 0.5, dropout)

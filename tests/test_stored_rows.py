@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dagster_project.core import workers
-from dagster_project.core.errors import PedigreeError
+from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.stored_rows import (
     BLOCK,
     Chained,
@@ -181,6 +181,18 @@ def test_a_process_that_ends_is_one_message() -> None:
     assert "ended" in str(refusal.value) and "workers" in str(refusal.value)
     with pytest.raises(PedigreeError, match="ended"), LocalProcesses(1).started() as one:
         list(one.map(_end, None, range(1, 9)))
+
+
+def _refuse(hint: str, item: int) -> None:
+    raise InputError(f"row {item}", hint)
+
+
+@pytest.mark.parametrize("hint", ["", "correct it"])
+def test_an_error_of_another_process_has_its_message_and_hint_apart(hint: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        list(LocalProcesses(1).map(_refuse, hint, [7]))
+    assert (refusal.value.what, refusal.value.hint) == ("row 7", hint)
+    assert str(refusal.value) == ("row 7\nhint: correct it" if hint else "row 7")
 
 
 def test_ctrl_c_ends_all_processes_and_only_the_first_reports_it(tmp_path: Path) -> None:

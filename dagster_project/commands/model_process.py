@@ -49,12 +49,12 @@ class ModelProcess:
         """
         while True:
             try:
-                refusal, content = self._pipe.recv()
+                refusal, result = self._pipe.recv()
             except (EOFError, ConnectionResetError):
                 raise self._ended() from None
             if refusal:
-                raise refusal(*content)
-            yield content
+                raise refusal
+            yield result
 
     def _ended(self) -> PedigreeError:
         self._process.join()
@@ -123,7 +123,7 @@ def _serve(pipe: Connection, command: str, project: Path) -> None:
         explained = ending.explained(error, ending.Interrupts(), command, project)
         if explained is None:
             raise
-        pipe.send((type(explained), (explained.what, explained.hint)))
+        pipe.send((explained, None))
 
 
 def _import() -> None:

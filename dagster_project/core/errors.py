@@ -23,8 +23,11 @@ class PedigreeError(Exception):
         hint: the next step for the reader, in the imperative.
         """
         what = what if len(what) <= LONGEST else f"{what[:LONGEST]}…"
-        super().__init__(f"{what}\nhint: {hint}" if hint else what)
+        super().__init__(what, hint)  # as it is, so that another process can raise the same error
         self.what, self.hint = what, hint
+
+    def __str__(self) -> str:
+        return f"{self.what}\nhint: {self.hint}" if self.hint else self.what
 
 
 class InputError(PedigreeError):

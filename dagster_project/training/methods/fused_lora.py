@@ -1,7 +1,7 @@
 """LoRA's update as one operation: the result of PEFT's layers, with fewer passes over memory.
 
-Products are in the model's dtype. For torch.compile it is a custom operation, into which that does not trace. Importing
-this file imports torch.
+Products are in the model's dtype. For torch.compile it is a custom operation (`compiled_lora.py`). Importing this file
+imports torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 def fuse(model: Any) -> None:
-    """Make every plain LoRA layer of a PeftModel (LoRA, rsLoRA, QLoRA) use `update`.
+    """Make every plain LoRA layer of a PeftModel (LoRA, rsLoRA, QLoRA) use `EagerUpdate`.
 
     Other layers, names and saved files do not change.
     """
@@ -38,7 +38,7 @@ def _forward(layer: Any, x: torch.Tensor, *arguments: Any, **keywords: Any) -> t
     a, b, scaling = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
     x = x.to(result.dtype)
     if torch.compiler.is_compiling():
-        return update(result, x, a, b, scaling, dropout)[0]
+        return torch.ops.pedigree.lora_update(result, x, a, b, scaling, dropout)[0]
     return EagerUpdate.apply(result, x, a, b, scaling, dropout)
 
 
@@ -64,7 +64,31 @@ def applied(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     return forward
 
 
-@torch.library.custom_op("pedigree::lora_update", mutates_args=())
+class EagerUpdate(torch.autograd.Function):
+    """`update` where nothing is compiled: with the same products, so the same bits, and less Python.
+
+    A custom operation adds 0.1 ms to each forward and backward pass, of which a step has hundreds.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> torch.Tensor:
+        output = update(*given)
+        save_context(ctx, given, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, a, b, down, kept = ctx.saved_tensors
+        of_x, of_a, of_b = gradients(gradient, x, a, b, down, kept, ctx.scaling, ctx.needs_input_grad[1])
+        return gradient, of_x, of_a, of_b, None, None
+
+
+def save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, x, a, b, scaling, dropout = inputs
+    ctx.save_for_backward(x, a, b, *output[1:])
+    ctx.scaling = scaling / (1 - dropout)
+
+
 def update(
     result: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, dropout: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -78,80 +102,13 @@ def update(
         The sum (..., out); for the backward pass dropout(x) A^T (tokens, r) and the dropout mask (empty without
         dropout). x is saved unmasked, because layers with the same input share it.
     """
-    return _sum(result, x, a, b, scaling, dropout)
-
-
-@update.register_fake
-def _(result: Any, x: Any, a: Any, b: Any, scaling: float, dropout: float) -> Any:
-    kept = x.new_empty(x.shape if dropout else 0, dtype=_integer(x) if dropout else torch.int16)
-    return torch.empty_like(result), x.new_empty(x.numel() // x.shape[-1], a.shape[0]), kept
-
-
-@torch.library.custom_op("pedigree::lora_update_backward", mutates_args=())
-def backward(
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    down: torch.Tensor,
-    kept: torch.Tensor,
-    scaling: float,
-    through_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x (nothing unless `through_x`), A and B."""
-    of_x, of_a, of_b = _gradients(gradient, x, a, b, down, kept, scaling, through_x)
-    return x.new_empty(0) if of_x is None else of_x, of_a, of_b
-
-
-@backward.register_fake
-def _(gradient: Any, x: Any, a: Any, b: Any, down: Any, kept: Any, scaling: float, through_x: bool) -> Any:
-    return torch.empty_like(x) if through_x else x.new_empty(0), torch.empty_like(a), torch.empty_like(b)
-
-
-def save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, x, a, b, scaling, dropout = inputs
-    ctx.save_for_backward(x, a, b, *output[1:])
-    ctx.scaling = scaling / (1 - dropout)
-
-
-def gradients(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    through_x = ctx.needs_input_grad[1]
-    of_x, of_a, of_b = backward(gradient, *ctx.saved_tensors, ctx.scaling, through_x)
-    return gradient, of_x if through_x else None, of_a, of_b, None, None
-
-
-update.register_autograd(gradients, setup_context=save_context)
-
-
-class EagerUpdate(torch.autograd.Function):
-    """`update` where nothing is compiled: with the same products, so the same bits, and less Python.
-
-    A custom operation adds 0.1 ms to each forward and backward pass, of which a step has hundreds.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *given: Any) -> torch.Tensor:
-        output = _sum(*given)
-        save_context(ctx, given, output)
-        return output[0]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, a, b, down, kept = ctx.saved_tensors
-        of_x, of_a, of_b = _gradients(gradient, x, a, b, down, kept, ctx.scaling, ctx.needs_input_grad[1])
-        return gradient, of_x, of_a, of_b, None, None
-
-
-def _sum(
-    result: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, dropout: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     kept = _dropout_mask(x, dropout) if dropout else x.new_empty(0, dtype=torch.int16)
     down = _flat(_apply_mask(x, kept)) @ a.to(x.dtype).T
     out = torch.addmm(_flat(result), down, b.to(x.dtype).T, alpha=scaling / (1 - dropout))
     return out.view(result.shape), down, kept
 
 
-def _gradients(
+def gradients(
     gradient: torch.Tensor,
     x: torch.Tensor,
     a: torch.Tensor,
@@ -161,6 +118,7 @@ def _gradients(
     scaling: float,
     through_x: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Gradients of x (None unless `through_x`), A and B, from that of the sum and what `update` returned."""
     up = _flat(gradient)
     through = (up @ b.to(x.dtype)).mul_(scaling)
     of_x = _apply_mask((through @ a.to(x.dtype)).view(x.shape), kept) if through_x else None
@@ -171,7 +129,8 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _integer(x: torch.Tensor) -> torch.dtype:
+def mask_dtype(x: torch.Tensor) -> torch.dtype:
+    """The integers of `update`'s dropout mask, of the size of x's elements."""
     return torch.int16 if x.element_size() == 2 else torch.int32
 
 
@@ -183,7 +142,7 @@ def _dropout_mask(x: torch.Tensor, dropout: float) -> torch.Tensor:
     random = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     bits = random.view(torch.int16)[: x.numel()]
     below = bits.bitwise_and(2**15 - 1).sub_(round(dropout * 2**15)).bitwise_right_shift_(15)  # the sign: -1 or 0
-    return below.bitwise_not_().to(_integer(x)).view(x.shape)
+    return below.bitwise_not_().to(mask_dtype(x)).view(x.shape)
 
 
 def _apply_mask(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

@@ -452,6 +452,8 @@ def compile_layers(model: Any) -> None:
     import torch
 
     load_compiler()
+    from dagster_project.training.methods import compiled_lora  # noqa: F401 registers an operation
+
     torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # sets it in the compiler, too
     leave_uncompiled()
     for layer in decoder_layers(model):
