@@ -387,6 +387,42 @@ def test_the_ends_are_asked_where_the_result_depends_on_them(made: Made, capsys:
     assert bisect(made.root, "--good", made.commits[BAD - 1], "--bad", made.commits[BAD], "--json") == 0
     found = document(capsys)
     assert found["evaluations"] == 1 and "is taken to give the expected answer" in found["notes"][0]
+    assert not any("taken not to" in note for note in found["notes"]), "the newest version was asked"
+
+
+def test_an_answer_that_changed_back_is_not_passed_over(
+    made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(made.root, tmp_path / "project", symlinks=True))
+    (root / "dvc.lock").write_text(git(root, "show", f"{made.commits[BAD - 1]}:dvc.lock"))
+    git(root, "commit", "-qam", "back")
+    assert bisect(root, "--good", made.commits[1], "--bad", made.commits[8], "--json") == 0
+    found = document(capsys)
+    assert f"{made.commits[8]} is taken not to give the expected answer: it was not asked" in found["notes"]
+    assert bisect(root, "--good", made.commits[1], "--json") == 0
+    found = document(capsys)
+    assert found["first"]["commit"] == made.commits[BAD] and found["evaluations"] == 3
+    assert len(found["answers"]) == 4 and found["answers"][-1]["as_expected"], "two versions have one model"
+    assert "HEAD gives the expected answer again: the answer changed several times" in found["notes"]
+    assert bisect(root, "--good", made.commits[BAD - 1]) == 2
+    shown = capsys.readouterr()
+    assert "are the same model, so they give the same answer" in shown.err and not shown.out
+
+
+def test_a_version_that_is_not_in_the_cache_is_not_needed_if_another_has_the_same_model(
+    made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(made.root, tmp_path / "project", symlinks=True))
+    locks = [git(root, "show", f"{made.commits[i]}:dvc.lock") for i in (BAD - 1, BAD)]
+    tokens = next(out["md5"] for out in _lock(locks[1])["tokenized"]["outs"])
+    git(root, "reset", "-q", "--hard", made.commits[BAD])
+    for lock in (locks[0], locks[1].replace(tokens, f"{'0' * 32}.dir")):
+        (root / "dvc.lock").write_text(lock)
+        git(root, "commit", "-qam", "data")
+    assert bisect(root, "--good", made.commits[BAD - 1], "--json") == 0
+    found = document(capsys)
+    assert [one["as_expected"] for one in found["answers"]] == [True, False, True, False] and found["evaluations"] == 2
+    assert found["first"]["commit"] == git(root, "rev-parse", "HEAD").strip() and found["records"] is None
 
 
 @pytest.mark.parametrize(
@@ -394,7 +430,7 @@ def test_the_ends_are_asked_where_the_result_depends_on_them(made: Made, capsys:
     [
         (("--good", "nothing"), "--good nothing: no such revision"),
         (("--good", "HEAD", "--bad", "HEAD~2"), "not before HEAD~2"),
-        (("--good", "HEAD"), "1 version in this history"),
+        (("--good", "HEAD"), "1 version from HEAD to HEAD"),
         (("--bad", "--all"), "expected one argument"),
         (("--good=--",), "argument --good: expected one argument"),
         (("--good", "^HEAD"), "--good ^HEAD: no such revision"),
@@ -534,11 +570,12 @@ class Searched(Search):
     """A search in which the answers are known, and counted."""
 
     def __init__(self, versions: int, first: int, cached: set[int]) -> None:
-        super().__init__(Path(), "", None, [None] * versions, Path(), False)  # type: ignore[arg-type, list-item]
+        steps: Any = [SimpleNamespace(model=(str(i),)) for i in range(versions)]
+        super().__init__(Path(), "", None, steps, Path(), False)  # type: ignore[arg-type]
         self.first, self.cached = first, cached
 
     def is_good(self, i: int) -> bool:
-        self.answers[i] = {}
+        self.answers[self.steps[i].model] = {}
         return i < self.first
 
     def is_cached(self, i: int) -> bool:

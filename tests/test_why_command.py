@@ -363,9 +363,12 @@ def test_the_check_trains_again_with_the_very_bytes_and_says_what_it_does_not_su
     damaged.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
     note = others[0].with_name("done.json")
     note.write_text(json.dumps({**json.loads(note.read_text()), "made_by": {"code": "other"}}))
+    config = others[1].with_name("adapter_config.json")
+    unedited = config.read_text()
+    config.write_text(json.dumps(json.loads(unedited) | {"lora_alpha": 999}))
     assert why(root, *QUESTION, "--top", "2", "--prove", "--draws", "2") == code
-    assert "2 of 4 trainings" in capsys.readouterr().err, "a damaged one, and one by other code, are run again"
-    assert damaged.read_bytes() == intact and "other" not in note.read_text()
+    assert "3 of 4 trainings" in capsys.readouterr().err, "damaged ones, and one by other code, are run again"
+    assert damaged.read_bytes() == intact and "other" not in note.read_text() and config.read_text() == unedited
 
 
 def test_data_that_an_interrupted_check_copied_are_removed_with_this_version_of_the_model(

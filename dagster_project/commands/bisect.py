@@ -16,7 +16,7 @@ from dagster_project.commands.outputs import ancestors
 from dagster_project.commands.verify import reproduce
 from dagster_project.commands.why import excerpt
 from dagster_project.commands.why_diff import CAVEAT, Change, also_differ, explained
-from dagster_project.commands.why_model import Target, adapter_of, needed
+from dagster_project.commands.why_model import Target, adapter_of, needed, start_of
 from dagster_project.commands.why_version import is_available, place_of, version
 from dagster_project.core import params
 from dagster_project.core.errors import CheckFailed, InputError
@@ -67,6 +67,11 @@ class Step:
     run: StageRun
     """The training."""
 
+    @property
+    def model(self) -> tuple[str, ...]:
+        """Hashes of what answers: the weights, and the model that the training began with."""
+        return self.run.md5, needed(self.run)[start_of(self.run)]
+
 
 @dataclass
 class Search:
@@ -78,21 +83,33 @@ class Search:
     steps: Sequence[Step]
     scratch: Path
     may_train: bool
-    answers: dict[int, Message] = field(default_factory=dict)
-    trained: set[str] = field(default_factory=set)
-    """Hashes of the trainings that were made again."""
+    answers: dict[tuple[str, ...], Message] = field(default_factory=dict)
+    """Of the models that were asked: several versions can have the same one."""
+    trained: set[int] = field(default_factory=set)
+    """Identities of the trainings that were made again."""
 
     def is_good(self, i: int) -> bool:
-        """Whether a version gives the expected answer. It is asked once."""
-        if i not in self.answers:
-            target = self.target(i)
+        """Whether a version gives the expected answer. Its model is asked once."""
+        step = self.steps[i]
+        if step.model not in self.answers:
+            same = [j for j, one in enumerate(self.steps) if one.model == step.model]
+            target = self.target(next((j for j in same if self.is_cached(j)), i))
             settings = params.parse(Settings, params.read(self.root).get("evaluation"), "evaluation")
             model = EvaluatedModel(target.folder, target.compute, settings, target.base_model)
             [said] = model.answer([self.asked.messages], target.run.address)
-            self.answers[i] = dict(said.message)
-            verdict = "as expected" if self.asked.accepts(self.answers[i]) else "not as expected"
-            log.info(f"bisect: {self.steps[i].commit[:12]} answers {verdict}: {excerpt(said.content)}")
-        return self.asked.accepts(self.answers[i])
+            self.answers[step.model] = dict(said.message)
+            verdict = "as expected" if self.asked.accepts(self.answers[step.model]) else "not as expected"
+            log.info(f"bisect: {step.commit[:12]} answers {verdict}: {excerpt(said.content)}")
+        return self.asked.accepts(self.answers[step.model])
+
+    def is_answered(self, i: int) -> bool:
+        """Whether the answer of a version is known."""
+        return self.steps[i].model in self.answers
+
+    def is_answerable(self, i: int) -> bool:
+        """Whether the answer of a version is known, or can be without a training."""
+        model = self.steps[i].model
+        return self.is_answered(i) or any(one.model == model and self.is_cached(j) for j, one in enumerate(self.steps))
 
     def target(self, i: int) -> Target:
         """A version with the files of its training.
@@ -107,7 +124,7 @@ class Search:
 
     def is_cached(self, i: int) -> bool:
         run, index = self.steps[i].run, self.steps[i].subject.index
-        return run.md5 in self.trained or is_available(index, needed(run).items())
+        return run.id in self.trained or is_available(index, needed(run).items())
 
     def first_bad(self) -> int:
         """Position of the first version without the expected answer, provided
@@ -118,7 +135,7 @@ class Search:
         good, bad = 0, len(self.steps) - 1
         while bad - good > 1:
             middle = (good + bad + 1) // 2
-            cached = [i for i in range(good + 1, bad) if i in self.answers or self.is_cached(i)]
+            cached = [i for i in range(good + 1, bad) if self.is_answerable(i)]
             asked = min(cached, key=lambda i: (abs(i - middle), i), default=middle)
             good, bad = (asked, bad) if self.is_good(asked) else (good, asked)
         return bad
@@ -144,7 +161,7 @@ class Search:
                     )
                 for path in needed(step.run) if one.name == step.run.address else ():
                     shutil.copytree(one.outputs.root / path, place / path, dirs_exist_ok=True)
-        self.trained.add(step.run.md5)
+        self.trained.add(step.run.id)
 
 
 def _cost(step: Step) -> str:
@@ -195,7 +212,7 @@ def bisect(
     }
     with scratch_folder(root) as scratch:
         search = Search(root, model, asked, steps, scratch, may_train)
-        missing = sum(not search.is_cached(i) for i in range(len(steps)))
+        missing = sum(not search.is_answerable(i) for i in range(len(steps)))
         log.info(
             f"bisect: {many(len(steps), 'version')}, "
             + (
@@ -206,33 +223,47 @@ def bisect(
             )
         )
         first = search.first_bad()
-        notes = [] if good is None or first > 1 else [f"{good} is taken to give the expected answer: it was not asked"]
-        notes += [SHALLOW] if good is None and steps[0].subject.index.history.shallow else []
         if search.is_good(first):
             verdict = "always"
         elif first == 1 and good is None and not search.is_good(0):
             verdict = "never"
         else:
             verdict = "found"
+        notes = _about_ends(search, good, bad, first) if verdict == "found" else []
+        notes += [SHALLOW] if good is None and steps[0].subject.index.history.shallow else []
         document |= {"verdict": verdict, "versions": [_shown(one) for one in steps], "evaluations": len(search.answers)}
         if verdict == "found":
             document |= _found(search, first, top)
         document["answers"] = [
             {
-                "commit": steps[i].commit,
-                "answer": excerpt(said.get("content") or ""),
-                "as_expected": asked.accepts(said),
+                "commit": step.commit,
+                "answer": excerpt(search.answers[step.model].get("content") or ""),
+                "as_expected": asked.accepts(search.answers[step.model]),
             }
-            for i, said in sorted(search.answers.items())
+            for step in steps
+            if step.model in search.answers
         ]
     return document | {"notes": [*notes, *document.get("notes", ())]}
+
+
+def _about_ends(search: Search, good: str | None, bad: str | None, first: int) -> list[str]:
+    """What the result takes for granted about the oldest version and the newest, or what contradicts it."""
+    newest, notes = len(search.steps) - 1, list[str]()
+    if not search.is_answered(first - 1):
+        notes.append(f"{good} is taken to give the expected answer: it was not asked")
+    if not search.is_answered(newest):
+        notes.append(f"{bad or 'HEAD'} is taken not to give the expected answer: it was not asked")
+    elif search.is_good(newest):
+        notes.append(f"{bad or 'HEAD'} gives the expected answer again: the answer changed several times")
+    return notes
 
 
 def _steps(index: Index, model: str, good: str | None, bad: str | None) -> list[Step]:
     """The commits from `good` to `bad` that changed the training of a model, the oldest first.
 
     Raises:
-        InputError: a revision does not exist, the model has fewer than two versions, or `good` is not before `bad`.
+        InputError: a revision does not exist, the model has fewer than two versions, `good` is not before `bad`, or
+            both have the same model.
     """
     for option, rev in (("--good", good), ("--bad", bad)):
         if rev is not None and (rev.startswith("-") or commit_of(index.root, rev) is None):
@@ -249,7 +280,14 @@ def _steps(index: Index, model: str, good: str | None, bad: str | None) -> list[
     if len(steps) < 2:
         shallow = "this clone is shallow: `git fetch --unshallow` brings earlier ones" if index.history.shallow else ""
         hint = shallow or ("name an older commit with --good" if good else "a search needs a commit that changed it")
-        raise InputError(f"{model} has 1 version in this history: nothing to search", hint)
+        span = f"from {good} to {bad or 'HEAD'}" if good else f"up to {bad}" if bad else "in this history"
+        raise InputError(f"{model} has 1 version {span}: nothing to search", hint)
+    if steps[0].model == steps[-1].model:
+        raise InputError(
+            f"{model}: the oldest version (commit {steps[0].commit[:12]}) and the newest ({steps[-1].commit[:12]})"
+            " are the same model, so they give the same answer",
+            "name a commit that gives the expected answer with --good, and one that does not with --bad",
+        )
     return steps
 
 
@@ -300,13 +338,15 @@ def _found(search: Search, first: int, top: int) -> dict[str, Any]:
             "records": None,
             "notes": [f"its records are not known, without {lost['path']}: {lost['fetch']}"],
         }
-    if not (first - 1 in search.answers or search.may_train or search.is_cached(first - 1)):  # given with --good
-        lost = f"its records were not ranked: {search.model} of commit {before.commit[:12]} is not in the cache"
+    versions = {first - 1: before, first: after}
+    uncached = [] if search.may_train else [step for i, step in versions.items() if not search.is_cached(i)]
+    if uncached:  # given with --good, or its model was asked as that of another version
+        lost = f"its records were not ranked: {search.model} of commit {uncached[0].commit[:12]} is not in the cache"
         return found | {"records": None, "notes": [f"{lost} (fetch it with `dvc pull --all-commits`, or add --train)"]}
-    said = search.answers.get(first - 1, {"role": "assistant", "content": search.asked.expect})
+    said = search.answers.get(before.model, {"role": "assistant", "content": search.asked.expect})
     expected = {"role": "assistant", "content": search.asked.expect}
     record = {"example_id": "", "category": None, "messages": [*search.asked.messages, expected]}
-    change = Change(record, (said, search.answers[first]), (True, False))
+    change = Change(record, (said, search.answers[after.model]), (True, False))
     [row] = explained([search.target(first - 1), search.target(first)], [change], difference["records"], top)
     return found | {"records": row["records"], "among": row["among"]}
 

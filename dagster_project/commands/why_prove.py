@@ -149,7 +149,7 @@ def train_without(found: Target, names: Collection[str], what: str, identity: Ma
     )
     if failed := [check.name for check in report.failures]:
         raise CheckFailed(f"the training with {what} failed: {', '.join(failed)}", "see the log above")
-    write_json(out / DONE, {"left_out": len(names), "made_by": dict(identity), "files": _weights(out)})
+    write_json(out / DONE, {"left_out": len(names), "made_by": dict(identity), "files": _files(out)})
     out.replace(folder)
     remove(scratch)
     return folder
@@ -165,13 +165,15 @@ def training_identity(found: Target) -> dict[str, str]:
 
 
 def is_kept(folder: Path, identity: Mapping[str, str]) -> bool:
-    """Whether a folder has the intact weights of a training of this identity."""
+    """Whether a folder has the intact adapter of a training of this identity: its weights, and their configuration."""
     note = read_note(folder / DONE)
-    return note.get("made_by") == identity and note.get("files") == _weights(folder)
+    return note.get("made_by") == identity and note.get("files") == _files(folder)
 
 
-def _weights(folder: Path) -> dict[str, str]:
-    return {path.name: sha256_of_file(path) for path in sorted(folder.glob("*.safetensors"))}
+def _files(folder: Path) -> dict[str, str]:
+    """Path within the folder -> sha256, of all files but the note itself."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / DONE)
+    return {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in files}
 
 
 def _folder(found: Target, names: Collection[str]) -> Path:

@@ -32,6 +32,9 @@ from dagster_project.training.inference.answers import read_answer
 from dagster_project.training.inference.generate import generate_ids
 from dagster_project.training.methods.load import load_tokenizer
 
+OF_LENGTH = "sequence-length-is-longer-than-the-specified-maximum"
+"""Transformers' name of its warning about long texts."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -149,6 +152,7 @@ def tokenize_parts(
     Raises:
         InputError: the question is too long, or no token belongs to what is asked about.
     """
+    tokenizer.deprecation_warnings[OF_LENGTH] = True  # a longer one is refused below
     pieces = examples_of(tokenizer, {"messages": messages, "tools": tools})[-1]
     last = max(i for i, (_, is_trained) in enumerate(pieces) if is_trained)
     turn = pieces[last][0]
@@ -158,8 +162,8 @@ def tokenize_parts(
     for i, ((text, _), ids) in enumerate(zip(pieces, encode_pieces(tokenizer, [pieces])[0], strict=True)):
         input_ids += ids
         labels += _labels(tokenizer, text, ids, spans) if i == last else [IGNORE] * len(ids)
-    if len(input_ids) > tokenizer.model_max_length:
-        raise InputError(f"the question has {len(input_ids):,} tokens, more than the model's context", "shorten it")
+    if len(input_ids) > (context := tokenizer.model_max_length):
+        raise InputError(f"the question has {len(input_ids):,} tokens, the model's context {context:,}", "shorten it")
     if all(label == IGNORE for label in labels):  # some tokenizers count white space to no token
         asked = ", ".join(repr(turn[start:stop]) for start, stop in dict.fromkeys(spans))
         raise InputError(f"no token of the answer {cut(turn)!r} belongs to the part {asked}", "ask about a longer part")

@@ -66,7 +66,8 @@ def _versions(document: Mapping[str, Any]) -> Table:
     """All versions of the search from the oldest to the newest, each with its answer if it was asked."""
     answers = {one["commit"]: one for one in document["answers"]}
     first, last = (document.get(name, {}).get("commit") for name in ("first", "last_good"))
-    marks = {
+    newest = document["versions"][-1]["commit"]
+    marks = {newest: "" if newest in answers or not first else ": taken as wrong"} | {
         first: ", the first such version",
         last: ", the last such version" if last in answers else ": taken as right (--good)",
     }

@@ -118,7 +118,8 @@ def draws(names: Sequence[str], top: Collection[str], seed: str, tokenized: Path
             earlier.add(name_of(found))
             yield found
     raise InputError(
-        f"--top {len(taken)}: too few other records for more random sets", "leave out fewer records with --top"
+        f"--top {len(taken)}: too few other records for more random sets",
+        "leave out fewer records with --top, or take fewer sets with --draws",
     )
 
 
