@@ -1281,6 +1281,17 @@ def test_a_decision_of_a_reviewer_about_a_row_by_its_number_does_not_become_one_
         plans._refuse_shifted_names(tmp_path, {"data/sources/a.jsonl": {2}}, {})
 
 
+@pytest.mark.parametrize("waiver", [{"rows": ["0123456789"]}, {"pairs": [["data/sources/b.jsonl:1", "0" * 8]]}])
+def test_a_waiver_that_names_a_record_by_the_beginning_of_its_id_is_refused(
+    waiver: dict[str, list[object]], tmp_path: Path
+) -> None:
+    given = {"check": "secrets", "reason": "a sample", "expires": "2999-01-01", **waiver}
+    (tmp_path / "params.yaml").write_text(json.dumps({"instructions": {"waivers": [given]}}))
+    plans._refuse_waived(tmp_path, ["f" * 32])
+    with pytest.raises(InputError, match=r"params.yaml: instructions.waivers: 0[0-9]+ is the id of a record to erase"):
+        plans._refuse_waived(tmp_path, ["0123456789abcdef" * 2, "0" * 32])
+
+
 def test_lines_of_a_review_file_name_a_record_in_all_ways_of_reviewers(tmp_path: Path) -> None:
     toy = Project(tmp_path)
     raw = Raw(

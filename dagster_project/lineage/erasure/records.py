@@ -461,7 +461,8 @@ class Finder:
                 for row in rows
                 if row.value
                 and (
-                    _names(row.value.get("example_id"), ids, places) or str(row.value.get("prompt")).strip() in prompts
+                    is_name_of(row.value.get("example_id"), ids, places)
+                    or str(row.value.get("prompt")).strip() in prompts
                 )
             } | _writing(rows, patterns)
             if numbers:
@@ -542,9 +543,9 @@ def _writing(rows: Sequence[Row], patterns: Sequence[Pattern]) -> set[int]:
     return {written[i][0] for pattern in patterns for i in pattern.matches_of(texts)}
 
 
-def _names(name: object, ids: Collection[str], places: Collection[str]) -> bool:
-    """Whether a note names one of the records as reviewers may: by id, by its
-    first 8 or more characters, or by `source:row`."""
+def is_name_of(name: object, ids: Collection[str], places: Collection[str]) -> bool:
+    """Whether a name is that of one of some records, as reviewers and waivers write it: its id, the first 8 or more
+    characters of it, or `source:row`."""
     if not isinstance(name, str):
         return False
     return (

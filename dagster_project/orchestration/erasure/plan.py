@@ -30,7 +30,17 @@ from dagster_project.lineage import code_lock, exports_in_place
 from dagster_project.lineage.erasure import removal
 from dagster_project.lineage.erasure.kinds import DEFAULT, KINDS
 from dagster_project.lineage.erasure.needles import SHORTEST, Needles
-from dagster_project.lineage.erasure.records import EXAMPLES, NOTES, PAIRS, Finder, Found, Raw, Request, rows_of_notes
+from dagster_project.lineage.erasure.records import (
+    EXAMPLES,
+    NOTES,
+    PAIRS,
+    Finder,
+    Found,
+    Raw,
+    Request,
+    is_name_of,
+    rows_of_notes,
+)
 from dagster_project.lineage.erasure.scan import Scanner
 from dagster_project.lineage.history import Objects, Revision, is_within, undeclared
 from dagster_project.lineage.impact.question import exposed_in_workspace, exposed_models
@@ -142,6 +152,7 @@ def make(root: Path, request: Request, chosen: Sequence[str], reason: str) -> di
     remote = {path: sorted(numbers) for path, numbers in sorted(found.rows.items()) if is_remote(path)}
     rows = {path: numbers for path, numbers in found.rows.items() if path not in remote}
     _refuse_reason(reason, request, found)
+    _refuse_waived(root, found.own_ids)
     _refuse_shifted_names(root, rows, found.notes)
     _refuse_without_tombstone(found, key)
     sources = {path: _change(root, path, numbers, False, read) for path, numbers in sorted(rows.items())}
@@ -362,6 +373,18 @@ def _has_event_log_elsewhere(root: Path) -> bool:
     return isinstance(settings, Mapping) and not STORAGES.isdisjoint(settings)
 
 
+def _refuse_waived(root: Path, ids: Sequence[str]) -> None:
+    """Raises:
+    InputError: a waiver names one of the records by its id. The beginning of an id would not be found by a search.
+    """
+    for where, name in _waived(root):
+        if is_name_of(name, ids, ()):
+            raise InputError(
+                f"{where}: {name} is the id of a record to erase, and would stay in params.yaml",
+                "remove it from the waiver, then ask again",
+            )
+
+
 def _refuse_shifted_names(root: Path, rows: Mapping[str, set[int]], notes: Mapping[str, set[int]]) -> None:
     """Raises:
     InputError: params.yaml or a review file names a row by its number, which another row of the file will have.
@@ -377,12 +400,7 @@ def _refuse_shifted_names(root: Path, rows: Mapping[str, set[int]], notes: Mappi
 
 def _names_of_rows(root: Path, notes: Mapping[str, set[int]]) -> Iterator[tuple[str, str, str]]:
     """(where, name of a row, what names it), without lines of review files that are taken out."""
-    for section, value in params.read(root).items():
-        waivers = value.get("waivers", []) if isinstance(value, Mapping) else []
-        yield from (
-            (f"params.yaml: {section}.waivers", name, "waiver")
-            for name in _names([w for w in waivers if isinstance(w, Mapping)])
-        )
+    yield from ((where, name, "waiver") for where, name in _waived(root))
     for path, lines in rows_of_notes(root, NOTES["review"]):
         yield from (
             (path, str(line.value.get("example_id")), "line")
@@ -391,10 +409,13 @@ def _names_of_rows(root: Path, notes: Mapping[str, set[int]]) -> Iterator[tuple[
         )
 
 
-def _names(waivers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for waiver in waivers:
-        yield from map(str, waiver.get("rows") or ())
-        yield from (str(name) for pair in waiver.get("pairs") or () for name in pair)
+def _waived(root: Path) -> Iterator[tuple[str, str]]:
+    """(section of params.yaml, name of a row) of each row that a waiver names."""
+    for section, value in params.read(root).items():
+        for waiver in value.get("waivers", []) if isinstance(value, Mapping) else ():
+            if isinstance(waiver, Mapping):
+                named = [*(waiver.get("rows") or ()), *(one for pair in waiver.get("pairs") or () for one in pair)]
+                yield from ((f"params.yaml: {section}.waivers", str(name)) for name in named)
 
 
 def models_of(index: Index, found: Found) -> tuple[list[dict[str, Any]], list[dict[str, Any]], set[str]]:
