@@ -140,7 +140,7 @@ def test_a_source_file_without_rows_is_refused(tmp_path: Path) -> None:
     params = raw_examples.Params(sources=[{"path": "data/sources/a.jsonl", "license": "CC0-1.0"}])  # type: ignore[list-item]
     for content in ("", "\n\n"):
         (tmp_path / "data/sources/a.jsonl").write_text(content)
-        with pytest.raises(InputError, match="the file is empty"):
+        with pytest.raises(InputError, match="the file has no rows"):
             raw_examples.produce(tmp_path, params, tmp_path / "out")
 
 

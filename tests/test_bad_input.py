@@ -91,7 +91,7 @@ def test_a_command_with_bad_parameters_changes_nothing(finished: Path, case: str
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "the file is empty"),
+        ("", "the file has no rows"),
         ("instruction,output\n", "not JSON"),
         ("[]", "the list is empty"),
         ('[{"a": 1}]', "unknown format"),

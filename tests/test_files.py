@@ -77,14 +77,14 @@ def test_a_paragraph_of_plain_text_is_a_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", READERS)
 def test_an_empty_file_is_refused(suffix: str, tmp_path: Path) -> None:
     (tmp_path / f"a{suffix}").touch()
-    assert refused(tmp_path / f"a{suffix}") == f"a{suffix}: the file is empty"
+    assert refused(tmp_path / f"a{suffix}") == f"a{suffix}: the file has no rows"
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".txt", ".jsonl.gz", ".json.gz"])
 def test_a_file_of_blank_lines_is_refused(suffix: str, tmp_path: Path) -> None:
     blank = b"\xef\xbb\xbf\n  \r\n\n" if suffix != ".csv" else b"\n\n"
     (tmp_path / f"a{suffix}").write_bytes(gzip.compress(blank, mtime=0) if suffix.endswith(".gz") else blank)
-    assert refused(tmp_path / f"a{suffix}") == f"a{suffix}: the file is empty"
+    assert refused(tmp_path / f"a{suffix}") == f"a{suffix}: the file has no rows"
 
 
 def test_the_next_step_for_an_empty_file_also_fits_outside_of_a_project(tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_a_table_without_rows_is_refused(tmp_path: Path) -> None:
     pq.write_table(arrow_table(ROWS).slice(0, 0), tmp_path / "a.parquet")
     (tmp_path / "a.csv").write_text("prompt,completion\n")
     assert [refused(tmp_path / name) for name in ("a.parquet", "a.csv")] == [
-        "a.parquet: the file is empty",
-        "a.csv: the file is empty",
+        "a.parquet: the file has no rows",
+        "a.csv: the file has no rows",
     ]
 
 
@@ -116,7 +116,7 @@ BAD_LINES = [
     (b'{"prompt": [{"a": 1, "a": 1}]}', "key 'a' is duplicated in one object (line 3)"),
     (b'{"prompt": NaN}', "NaN is not a number that JSON supports (line 3)"),
     (b'{"prompt": [-Infinity]}', "-Infinity is not a number that JSON supports (line 3)"),
-    (b'{"prompt": 1e999}', "1e999 is not a number that JSON supports (line 3)"),
+    (b'{"prompt": 1e999}', "1e999 is too large for a 64-bit number (line 3)"),
     (b'{"prompt": ' + b"[" * 300 + b"]" * 300 + b"}", "nested more than 200 deep (line 3)"),
     (b"[" * 100_000, "nested more than 200 deep (line 3)"),
     (b"3", "expected an object, found int (line 3)"),
@@ -408,8 +408,18 @@ def test_a_table_of_which_no_row_can_be_read_is_refused_with_the_reason(tmp_path
 
     pq.write_table(pa.table({"prompt": ["a", "b"], "score": [float("nan")] * 2}), tmp_path / "a.parquet")
     assert refused(tmp_path / "a.parquet").startswith(
-        "a.parquet: no row can be read: a value that JSON cannot hold: Out of range float values"
+        "a.parquet: no row can be read: column 'score': a value that JSON cannot hold: Out of range float values"
     )
+
+
+def test_a_column_of_values_that_json_cannot_hold_can_also_be_left_out(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"prompt": ["a"], "score": [float("inf")]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError) as caught:
+        read_rows(tmp_path / "a.parquet")
+    assert caught.value.hint == "fix the rows, or leave the column out"
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])

@@ -166,6 +166,11 @@ def test_no_conversation_counts_as_plain_text(tmp_path: Path) -> None:
     assert not is_text(named["messages"], json.loads(named["meta"])) and named["example_id"] == plain["example_id"]
 
 
+def test_an_empty_instruction_adds_nothing_to_the_prompt(tmp_path: Path) -> None:
+    record, *_ = to_records(jsonl(tmp_path / "a.jsonl", {"instruction": "", "input": "Hi", "output": "Hello"}), "a")[1]
+    assert turns(record) == [("user", "Hi"), ("assistant", "Hello")]
+
+
 def test_an_empty_input_adds_nothing_to_the_prompt(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", {"instruction": "Sing.", "input": "", "output": "La"})
     assert turns(to_records(path, "rows.jsonl")[1][0]) == [("user", "Sing."), ("assistant", "La")]
@@ -284,8 +289,8 @@ def test_a_number_too_long_to_convert_makes_only_its_row_malformed(tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b"", "a.jsonl: the file is empty"),
-        ("a.json", b" \n\n", "a.json: the file is empty"),
+        ("a.jsonl", b"", "a.jsonl: the file has no rows"),
+        ("a.json", b" \n\n", "a.json: the file has no rows"),
         ("a.json", b"[]", "a.json: the list is empty"),
         ("a.json", b'[{"prompt": ', "a.json: not JSON: "),
         ("a.jsonl", b"id,text\n1,Hi\n", "a.jsonl: not JSON: line is not JSON: "),

@@ -96,10 +96,12 @@ def many(count: int, one: str, more: str = "") -> str:
 
 
 def finite_number(text: str) -> float:
-    """The number that a JSON decoder found. ValueError for NaN and infinity, which JSON does not have."""
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text[:80]} is not a number that JSON supports")
-    return value
+    """The number that a JSON decoder found. ValueError for NaN, infinity and numbers that are too large."""
+    if math.isfinite(value := float(text)):
+        return value
+    large = text.lstrip("+-")[:1].isdigit()
+    what = "is too large for a 64-bit number" if large else "is not a number that JSON supports"
+    raise ValueError(f"{shortened(text, 80)} {what}")
 
 
 STRICT_JSON = json.JSONDecoder(parse_constant=finite_number, parse_float=finite_number)

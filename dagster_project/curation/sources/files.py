@@ -181,6 +181,10 @@ class Found(NamedTuple):
     """Of the first row."""
 
 
+COLUMN, OR_COLUMN = "column ", ", or leave the column out"
+"""How the problem of a value of a table begins, and the next step for it."""
+
+
 def require_rows(name: str, found: Found) -> None:
     """Refuse a file without rows, or of which none can be read; of a list in JSON only one in another encoding.
 
@@ -188,10 +192,11 @@ def require_rows(name: str, found: Found) -> None:
         InputError: as described.
     """
     if not found.rows:
-        raise InputError(f"{name}: the file is empty", "put at least one example in it, or leave it out")
+        raise InputError(f"{name}: the file has no rows", "put at least one example in it, or leave it out")
     is_json, is_encoded = name.lower().endswith((".jsonl", ".jsonl.gz")), not found.problem.startswith("not UTF-8")
     if not found.readable and not (is_encoded and name.lower().endswith((".json", ".json.gz"))):
         hint = "each line must be one JSON object" if is_json else "fix the rows"
+        hint += OR_COLUMN if found.problem.startswith(COLUMN) else ""
         what = "not JSON" if is_json else "no row can be read"
         raise InputError(f"{name}: {what}: {found.problem}", hint if is_encoded else "save the file as UTF-8")
 
@@ -858,9 +863,19 @@ def table_rows(batches: Iterable[Any], decode: Callable[[dict[str, Any]], dict[s
         except RecursionError:
             rows.append(Row(len(rows), None, TOO_DEEP))
         except (ValueError, TypeError, OverflowError) as error:
-            problem = f"a value that JSON cannot hold: {shortened(str(error))}"
+            problem = f"{_unfit_column(value)}a value that JSON cannot hold: {shortened(str(error))}"
             rows.append(Row(len(rows), None, problem, raw=_table_text(value)))
     return rows
+
+
+def _unfit_column(row: Any) -> str:
+    """The beginning of a message about the first column whose value JSON cannot hold."""
+    for name, value in row.items() if isinstance(row, dict) else ():
+        try:
+            json.dumps(value, default=_as_text, allow_nan=False)
+        except (ValueError, TypeError, OverflowError):
+            return f"{COLUMN}{shortened(str(name), LONGEST_NAME)!r}: "
+    return ""
 
 
 def _table_text(row: Any) -> str:

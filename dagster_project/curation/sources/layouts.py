@@ -104,8 +104,9 @@ def as_conversation(value: Any, role: str) -> Messages:
 
 
 def instruction(row: dict[str, Any], context: str) -> str:
+    """The instruction and its context as one question; either may be empty."""
     extra = "" if row.get(context) in EMPTY else as_text(row[context])
-    return as_text(row["instruction"]) + (f"\n\n{extra}" if extra else "")
+    return "\n\n".join(filter(None, (as_text(row["instruction"]), extra)))
 
 
 def alpaca_prompt(row: dict[str, Any]) -> Messages:
