@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from builders.gradients import flat
 from builders.tool_calls import weather
-from builders.training import LORA, make_data, train_adapter
+from builders.training import LORA, example, make_data, train_adapter
 
 from dagster_project.__main__ import main
 from dagster_project.commands import why
@@ -146,6 +146,52 @@ def test_packed_records_have_the_gradients_of_each_alone(
     assert_close(projected_gradients(trained, WHOLE, examples).numpy(), expected)
     alone = np.stack([Projection(25).project(trained.of_record(record)).numpy() for record in examples])
     assert_close(projected_gradients(trained, Projection(25), examples).numpy(), alone)
+
+
+def test_packed_records_have_the_gradients_of_each_alone_where_the_output_layer_has_an_adapter(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """It computes only the tokens with labels."""
+    make_data(tmp_path)
+    peft = {**LORA["peft"], "target_modules": ["q_proj", "lm_head"]}
+    train_adapter(tmp_path, tiny_model, "adapter", {**SHORT, "merge": False, "peft": peft})
+    model = TrainedModel.load(tmp_path / "adapter", tiny_model, COMPUTE, "adapter@x")
+    examples = [one.examples for one in trained_records(tmp_path / "adapter", tmp_path / "tokenized")[:6]]
+    expected = np.stack([flat(model.of_record(one)) for one in examples])
+    assert_close(projected_gradients(model, WHOLE, examples).numpy(), expected)
+
+
+def test_records_of_a_model_that_mixes_packed_examples_have_the_gradients_of_each_alone(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Such a model is trained with `tokenized.packing: false`."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+
+    from dagster_project.core.records import write_table
+    from dagster_project.stages.tokenized import row_schema
+
+    base = shutil.copytree(tiny_model, tmp_path / "model")
+    torch.manual_seed(0)
+    MambaForCausalLM(MambaConfig(vocab_size=259, hidden_size=64, num_hidden_layers=2, state_size=8)).save_pretrained(
+        base
+    )
+    rows = [example([*range(5 + i, 15 + i)], 4) | {"example_ids": [f"{i}"]} for i in range(4)]
+    for split in ("train", "validation"):
+        write_table(tmp_path / "tokenized" / f"{split}.parquet", rows, row_schema())
+    peft = {**LORA["peft"], "target_modules": ["in_proj", "x_proj"]}
+    params = {**SHORT, "neftune_noise_alpha": None, "merge": False, "peft": peft}
+    train_adapter(tmp_path, base, "adapter", params)
+    model = TrainedModel.load(tmp_path / "adapter", base, COMPUTE, "adapter@x")
+    records = trained_records(tmp_path / "adapter", tmp_path / "tokenized")
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", is_trainable=True
+    ).eval()
+    expected = np.stack([flat(plain_gradients(plain, record.examples[0])) for record in records])
+    assert_close(projected_gradients(model, WHOLE, [record.examples for record in records]).numpy(), expected, 1e-4)
+    together = model.of_record([record.examples[0] for record in records])
+    assert_close(flat(together), expected.mean(0), 1e-4)
 
 
 def test_examples_of_one_record_share_a_loss(

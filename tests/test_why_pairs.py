@@ -197,6 +197,29 @@ def test_biases_that_lora_trained_are_among_the_weights_of_a_reward_model(bias: 
     assert found == {"score.weight", f"{layer}.q_proj.weight", *(f"{layer}.{name}.bias" for name in expected)}
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, {"model.embed_tokens.weight"}),
+        ({"trainable_token_indices": [3]}, {"model.embed_tokens.weight"}),
+        ({"target_parameters": ["experts.down_proj"], "lora_dropout": 0.0}, {"model.layers.0.mlp.experts.down_proj"}),
+    ],
+)
+def test_all_weights_that_an_adapter_trained_are_among_those_of_a_reward_model(
+    given: dict[str, Any], expected: set[str]
+) -> None:
+    from transformers import MixtralConfig, MixtralForSequenceClassification
+
+    config = MixtralConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, num_labels=1,
+    )  # fmt: skip
+    keys, before = {"target_modules": ["q_proj"], **given}, json.dumps(given)
+    found = trained_names(MixtralForSequenceClassification(config), keys, "reward_model")
+    assert found == {"score.weight", "model.layers.0.self_attn.q_proj.weight", *expected}
+    assert json.dumps(given) == before, "else the store of the gradients gets another identity and is never found again"
+
+
 def why(root: Path, *arguments: str) -> int:
     return main(["why", *arguments, "--project", str(root)])
 

@@ -63,6 +63,18 @@ def test_the_form_of_an_answer_is_how_it_is_built(message: dict[str, Any], form:
     assert form_of({"role": "assistant", **message}) == form
 
 
+def test_the_form_of_a_record_is_that_of_its_last_answer_although_other_turns_follow() -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    turns = [
+        [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": '{"celsius": 1}'}],
+        [{"role": "assistant", "content": '{"category": "bug"}'}, {"role": "user", "content": "Thanks!"}],
+    ]
+    known = {f"{i}": {"messages": one, "source": "a.jsonl", "category": None} for i, one in enumerate(turns)}
+    found: Any = SimpleNamespace(records=[SimpleNamespace(example_id=name) for name in known])
+    texts: Any = SimpleNamespace(known=known)
+    assert [one.form for one in _own_groups(found, texts)] == ["calls", "JSON with category"]
+
+
 def test_a_record_of_a_small_group_is_compared_with_a_wider_one() -> None:
     narrow = [Group("a.jsonl", "idea", "text")] * LEAST
     few = [Group("b.jsonl", "idea", "text")] * (LEAST - 1)

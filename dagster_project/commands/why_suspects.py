@@ -13,6 +13,7 @@ from dagster_project.commands.why import Texts, excerpt, model_of, places_of, sh
 from dagster_project.commands.why_model import Target, at_end, target
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.layout import pages_of
+from dagster_project.core.messages import Message, Messages
 from dagster_project.core.records import iter_ledger, write_json, write_text
 from dagster_project.curation.checks.review import REVIEWED, queue
 from dagster_project.lineage.attribution.suspects import (
@@ -97,11 +98,16 @@ def _own_groups(found: Target, texts: Texts) -> list[Group]:
     Keys of JSON are text of the data: cut, and masked.
     """
     records = [texts.known.get(one.example_id) for one in found.records]
-    forms = [excerpt(form_of(one["messages"][-1]), FORM) if one else None for one in records]
+    forms = [excerpt(form_of(_last_answer(one["messages"])), FORM) if one else None for one in records]
     return [
         Group(one["source"], one["category"], form) if one else Group()
         for one, form in zip(records, forms, strict=True)
     ]
+
+
+def _last_answer(messages: Messages) -> Message | None:
+    """The last message of the assistant, which turns of others can follow."""
+    return next((message for message in reversed(messages) if message["role"] == "assistant"), None)
 
 
 def _listed(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from dagster_project.lineage.attribution.records import Example
 from dagster_project.training.methods.attention import attention_for
 from dagster_project.training.methods.build import PreparedModel, build, causal
 from dagster_project.training.methods.hardware import adding_adapters, prepare
+from dagster_project.training.methods.isolation import refuse_mixing
 from dagster_project.training.methods.load import AdapterInfo, load_base
 from dagster_project.training.methods.logits import logits_of
 from dagster_project.training.methods.options import STARTS_FROM_WEIGHTS
@@ -94,6 +96,15 @@ class TrainedModel:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(weight.shape) for name, weight in self.weights.items()}
+
+    @cached_property
+    def mixes_examples(self) -> bool:
+        """Whether the examples of a packed row influence each other, as in Mamba, which trains on one in a pass."""
+        try:
+            refuse_mixing(self.prepared.model, self.prepared.hidden_states, True, "")
+        except InputError:
+            return True
+        return False
 
     def at(self, weights: Mapping[str, torch.Tensor] | None, scales: Mapping[str, torch.Tensor] | None) -> TrainedModel:
         """This model with other values of its trained weights, which replace those in memory; None: as they are.
@@ -206,10 +217,15 @@ class TrainedModel:
         self, examples: Sequence[Example], label_smoothing: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss and weight of each token with a label, and the number of its
-        example, from one packed row; (tokens,) each."""
+        example, from one packed row if examples are isolated there; (tokens,) each."""
         import torch
         from torch.nn.functional import cross_entropy
 
+        if len(examples) > 1 and self.mixes_examples:
+            alone = [self.token_losses([example], label_smoothing) for example in examples]
+            losses, weights, zeros = (torch.cat(parts) for parts in zip(*alone, strict=True))
+            sizes = torch.tensor([len(losses_of_one) for losses_of_one, _, _ in alone], device=zeros.device)
+            return losses, weights, torch.arange(len(alone), device=zeros.device).repeat_interleave(sizes)
         device = causal(self.prepared.model).device
         row = {
             name: [value for example in examples for value in getattr(example, name)]

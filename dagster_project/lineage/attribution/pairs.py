@@ -12,7 +12,9 @@ order.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +68,8 @@ def _answered(prompt: Sequence[int], answer: Sequence[int]) -> Example:
     return Example((*prompt, *answer), (IGNORE,) * len(prompt) + tuple(answer), weights)
 
 
+WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save\.default)\.")
+"""What PEFT adds to the names of weights."""
 REVERSE_KL = "reverse_kl"
 """The divergence from the reference in the loss of the DPO paper."""
 
@@ -234,7 +238,7 @@ class RewardedModel:
 
 
 def trained_names(model: Any, peft: Mapping[str, Any], where: str) -> set[str]:
-    """Names of the weights that LoRA was trained on, of biases that it trained, and of the output layer.
+    """Names of the weights that LoRA was trained on, of those that it trained in place, and of the output layer.
 
     PEFT itself finds them, in a copy of the model without values.
 
@@ -248,14 +252,18 @@ def trained_names(model: Any, peft: Mapping[str, Any], where: str) -> set[str]:
     with torch.device("meta"):
         empty = AutoModelForSequenceClassification.from_config(model.config)
         with adding_adapters():
-            config = peft_config("lora", peft, where, empty)
+            config = peft_config("lora", deepcopy(dict(peft)), where, empty)  # PEFT extends the list `modules_to_save`
             config.task_type = TaskType.SEQ_CLS
             adapted = get_peft_model(empty, config)
     whole = adapted.get_base_model()
-    trained = {name.replace(".base_layer.", ".") for name, weight in whole.named_parameters() if weight.requires_grad}
-    biases = {name for name, _ in model.named_parameters() if name in trained}  # which LoRA's `bias` trains in place
+    trained = {WRAPPERS.sub(".", name) for name, weight in whole.named_parameters() if weight.requires_grad}
+    in_place = {name for name, _ in model.named_parameters() if name in trained}  # of `bias` and `modules_to_save`
     return {
         "score.weight",
-        *biases,
-        *(f"{name}.weight" for name, module in whole.named_modules() if hasattr(module, "lora_A")),
+        *in_place,
+        *(
+            WRAPPERS.sub(".", f"{name}.{getattr(module, 'parameter_name', 'weight')}")  # of `target_parameters`
+            for name, module in whole.named_modules()
+            if hasattr(module, "lora_A") or hasattr(module, "token_adapter")
+        ),
     }

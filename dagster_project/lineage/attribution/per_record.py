@@ -1,4 +1,5 @@
-"""Projected gradients of many records: for plain LoRA from packed passes, for other methods one record at a time.
+"""Projected gradients of many records: for plain LoRA from packed passes, for other methods, and for models whose
+packed examples influence each other, one record at a time.
 
 Both give the same numbers, up to rounding.
 
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from dagster_project.lineage.attribution.gradients import TrainedModel
 from dagster_project.lineage.attribution.projection import Projection
 from dagster_project.lineage.attribution.records import Example
+from dagster_project.training.methods.build import causal
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +44,7 @@ def projected_gradients(
     """
     import torch
 
-    layers = lora_layers(trained)
+    layers = None if trained.mixes_examples else lora_layers(trained)
     if layers is None:
         return torch.stack([projection.project(trained.of_record(examples)) for examples in records])
     return torch.cat(
@@ -76,14 +78,17 @@ class Layer:
 
 
 def lora_layers(trained: TrainedModel) -> list[Layer] | None:
-    """The layers that hold all trained weights; None if some weight is in another kind of layer."""
+    """The layers that hold all trained weights; None if some weight is in another kind of layer.
+
+    The output layer is one: it computes only the tokens with labels, so its tokens are not those of the row.
+    """
     from dagster_project.training.methods.fused_lora import is_applied
 
-    weights = trained.weights
+    weights, output = trained.weights, causal(trained.prepared.model).get_output_embeddings()
     names = {id(weight): name for name, weight in weights.items()}
     layers = []
     for module in trained.prepared.model.modules():
-        if is_applied(module):
+        if is_applied(module) and module is not output:
             (adapter,) = module.lora_A
             pair = module.lora_A[adapter].weight, module.lora_B[adapter].weight
             if all(id(weight) in names for weight in pair):
