@@ -35,7 +35,7 @@ from dagster_project.core.records import example_id, read_table, write_records
 from dagster_project.evaluation.baselines import bm25
 from dagster_project.lineage.attribution import proof, ranking, second_moment, store
 from dagster_project.lineage.attribution.gradients import TrainedModel
-from dagster_project.lineage.attribution.per_record import lora_layers, projected_gradients
+from dagster_project.lineage.attribution.per_record import is_packed, projected_gradients
 from dagster_project.lineage.attribution.projection import Projection, signs
 from dagster_project.lineage.attribution.records import Example, TrainedRecord, trained_records
 from dagster_project.lineage.attribution.second_moment import SecondMoment
@@ -139,13 +139,71 @@ def test_packed_records_have_the_gradients_of_each_alone(
 ) -> None:
     from dagster_project.lineage.attribution import per_record
 
-    assert lora_layers(trained) is not None, "otherwise they would not be packed"
+    assert is_packed(trained), "otherwise they would not be packed"
     examples = [record.examples for record in records[:12]]
     assert_close(projected_gradients(trained, WHOLE, examples).numpy(), expected)
     monkeypatch.setattr(per_record, "ROOM", 30)  # several passes
     assert_close(projected_gradients(trained, WHOLE, examples).numpy(), expected)
     alone = np.stack([Projection(25).project(trained.of_record(record)).numpy() for record in examples])
     assert_close(projected_gradients(trained, Projection(25), examples).numpy(), alone)
+
+
+def test_threads_compute_passes_of_their_own(
+    trained: TrainedModel, records: list[TrainedRecord], expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    import torch
+
+    from dagster_project.lineage.attribution import per_record
+
+    seen = []
+    of_pass, before = per_record._of_pass, torch.get_num_threads()
+    both = threading.Barrier(2, timeout=60)
+
+    def watched(model: TrainedModel, projection: Projection, given: Any) -> torch.Tensor:
+        both.wait()  # two passes at a time
+        seen.append((threading.get_ident(), id(model.prepared.model), torch.get_num_threads()))
+        return of_pass(model, projection, given)
+
+    monkeypatch.setattr(per_record, "_of_pass", watched)
+    monkeypatch.setattr(per_record, "ROOM", 60)
+    examples = [record.examples for record in records[:12]]
+    torch.set_num_threads(2)
+    try:
+        assert_close(projected_gradients(trained, WHOLE, examples).numpy(), expected)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen) > 2 and len({thread for thread, _, _ in seen}) == 2, "each of two threads has passes"
+    assert len({model for _, model, _ in seen}) == 2, "a forward pass may change the modules of a model"
+    assert {threads for _, _, threads in seen} == {1}
+
+
+def test_an_error_in_a_pass_is_reported_and_leaves_the_layers_as_they_were(
+    trained: TrainedModel, records: list[TrainedRecord], expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = [record.examples for record in records[:12]]
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(TrainedModel, "sum_of_losses", lambda *_: (_ for _ in ()).throw(MemoryError))
+        projected_gradients(trained, WHOLE, examples)
+    assert_close(np.stack([flat(trained.of_record(one)) for one in examples]), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_passes_have_about_as_many_tokens_each(threads: int) -> None:
+    from dagster_project.lineage.attribution.per_record import ROOM, _passes
+
+    dice = np.random.default_rng(0)
+    for count in (0, 1, 2, 32, 100):
+        tokens = dice.integers(20, 400, count).tolist()
+        passes = _passes(tokens, threads)
+        assert sorted(number for numbers in passes for number in numbers) == list(range(count))
+        assert all(passes) and all(numbers == sorted(numbers) for numbers in passes)
+        assert len(passes) % threads == 0 or len(passes) == count
+        sizes = [sum(tokens[i] for i in numbers) for numbers in passes]
+        assert max(sizes, default=0) <= ROOM + 400
+        assert count < 32 or max(sizes) - min(sizes) <= 400
 
 
 def test_packed_records_have_the_gradients_of_each_alone_where_the_output_layer_has_an_adapter(
@@ -320,7 +378,7 @@ def test_other_methods_take_one_record_at_a_time(tiny_model: Path, work: Path, t
     train_adapter(tmp_path, tiny_model, "adapter", params)
     model = TrainedModel.load(tmp_path / "adapter", tiny_model, COMPUTE, "adapter@x")
     found = trained_records(tmp_path / "adapter", tmp_path / "tokenized")[:2]
-    assert lora_layers(model) is None
+    assert not is_packed(model)
     gradients = projected_gradients(model, Projection(16), [record.examples for record in found]).numpy()
     assert (
         gradients.shape == (2, Projection(16).width(model.shapes))

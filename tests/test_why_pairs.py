@@ -27,7 +27,7 @@ from dagster_project.lineage.attribution.pairs import (
     pair_records,
     trained_names,
 )
-from dagster_project.lineage.attribution.per_record import lora_layers
+from dagster_project.lineage.attribution.per_record import is_packed
 from dagster_project.lineage.attribution.projection import Projection
 from dagster_project.lineage.attribution.store import GRADIENTS
 from dagster_project.lineage.index import Index
@@ -126,7 +126,7 @@ def test_gradients_of_dpo_are_those_of_its_loss(root: Path, monkeypatch: pytest.
         root / "data/aligned/x", root / "data/merged/lora", COMPUTE, "aligned@x", DpoLoss(0.3, 0.1)
     )
     examples = [record.examples for record in records[:6]]
-    assert lora_layers(model) is not None, "otherwise they would not be packed"
+    assert is_packed(model), "otherwise they would not be packed"
     assert_close(gradients_of_pairs(model, WHOLE, examples).numpy(), expected)
     monkeypatch.setattr(per_record, "ROOM", 60)  # several passes
     assert_close(gradients_of_pairs(model, WHOLE, examples).numpy(), expected)

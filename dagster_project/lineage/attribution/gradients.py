@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -96,6 +97,16 @@ class TrainedModel:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(weight.shape) for name, weight in self.weights.items()}
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = causal(self.prepared.model).device
+        return found
+
+    def twin(self) -> TrainedModel:
+        """A model that shares all tensors with this one, for another thread: a forward pass may change its modules."""
+        shared = {id(tensor): tensor for tensor in (*self.prepared.model.parameters(), *self.prepared.model.buffers())}
+        return replace(self, prepared=replace(self.prepared, model=deepcopy(self.prepared.model, shared)))
 
     @cached_property
     def mixes_examples(self) -> bool:
@@ -226,7 +237,7 @@ class TrainedModel:
             losses, weights, zeros = (torch.cat(parts) for parts in zip(*alone, strict=True))
             sizes = torch.tensor([len(losses_of_one) for losses_of_one, _, _ in alone], device=zeros.device)
             return losses, weights, torch.arange(len(alone), device=zeros.device).repeat_interleave(sizes)
-        device = causal(self.prepared.model).device
+        device = self.device
         row = {
             name: [value for example in examples for value in getattr(example, name)]
             for name in ("input_ids", "labels", "weights")

@@ -3,33 +3,31 @@ packed examples influence each other, one record at a time.
 
 Both give the same numbers, up to rounding.
 
-The gradients of A and B of a LoRA layer (Hu et al. 2021, section 4.1) are sums
-over tokens of outer products of what enters and what returns:
+Packed examples do not attend to each other, so a gradient's sum over the tokens of a record is that of its own loss.
+The factors of these sums (`lora_factors.py`) are projected before they are multiplied, as LoGRA does, so the gradients
+themselves are never formed, unless each of their numbers is scaled by the second moments of the optimizer.
 
-    dA = scaling (dy B)^T x        dB = scaling dy^T (x A^T)
-
-Packed examples do not attend to each other, so the sum over the tokens of a record is the gradient of its own loss.
-Both factors are projected before they are multiplied, as LoGRA does, so the gradients themselves are never formed,
-unless each of their numbers is scaled by the second moments of the optimizer.
+On a CPU, threads that each compute a pass by themselves wait less than threads that share every operation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 from dagster_project.lineage.attribution.gradients import TrainedModel
 from dagster_project.lineage.attribution.projection import Projection
 from dagster_project.lineage.attribution.records import Example
-from dagster_project.training.methods.build import causal
 
 if TYPE_CHECKING:
     import torch
 
 ROOM = 1024
-"""Tokens of a packed pass, unless one record has more."""
+"""Tokens of a packed pass, about, unless one record has more."""
 
 
 def projected_gradients(
@@ -44,63 +42,74 @@ def projected_gradients(
     """
     import torch
 
-    layers = None if trained.mixes_examples else lora_layers(trained)
-    if layers is None:
+    if not is_packed(trained):
         return torch.stack([projection.project(trained.of_record(examples)) for examples in records])
-    return torch.cat(
-        [_of_pass(trained, projection, layers, [records[i] for i in numbers]) for numbers in _passes(records)]
-    )
+    threads = torch.get_num_threads() if trained.device.type == "cpu" else 1
+    passes = _passes([sum(len(example.input_ids) for example in examples) for examples in records], threads)
+    found = torch.empty(len(records), projection.width(trained.shapes))
+    workers = max(1, min(threads, len(passes)))
+    twins = SimpleQueue[TrainedModel]()
+    for twin in [trained, *(trained.twin() for _ in range(workers - 1))]:
+        twins.put(twin)
+
+    def compute(numbers: Sequence[int]) -> None:
+        twin = twins.get()
+        try:
+            found[numbers] = _of_pass(twin, projection, [records[i] for i in numbers])
+        finally:
+            twins.put(twin)
+
+    with _threads_of_their_own(workers) as pool:
+        list(pool.map(compute, passes))
+    return found
 
 
-def _passes(records: Sequence[Sequence[Example]]) -> Iterator[list[int]]:
-    """Consecutive records that fit into one pass."""
-    numbers: list[int] = []
-    tokens = 0
-    for i, examples in enumerate(records):
-        size = sum(len(example.input_ids) for example in examples)
-        if numbers and tokens + size > ROOM:
-            yield numbers
-            numbers, tokens = [], 0
-        numbers.append(i)
-        tokens += size
-    if numbers:
-        yield numbers
+def is_packed(trained: TrainedModel) -> bool:
+    """Whether `projected_gradients` computes several records in a pass."""
+    from dagster_project.lineage.attribution.lora_factors import layers_of
+
+    if trained.mixes_examples:
+        return False
+    return {name for layer in layers_of(trained) for name in (layer.a, layer.b)} == trained.weights.keys()
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A plain LoRA layer: y = W x + scaling B A x."""
+def _passes(tokens: Sequence[int], threads: int) -> list[list[int]]:
+    """Numbers of the records of each pass: as many passes for each thread, of about as many tokens each.
 
-    module: Any
-    a: str
-    b: str
-    """Names of its weights."""
+    Args:
+        tokens: of each record.
 
-
-def lora_layers(trained: TrainedModel) -> list[Layer] | None:
-    """The layers that hold all trained weights; None if some weight is in another kind of layer.
-
-    The output layer is one: it computes only the tokens with labels, so its tokens are not those of the row.
+    >>> _passes([500, 300, 400, 700], 2)
+    [[2, 3], [0, 1]]
     """
-    from dagster_project.training.methods.fused_lora import is_applied
-
-    weights, output = trained.weights, causal(trained.prepared.model).get_output_embeddings()
-    names = {id(weight): name for name, weight in weights.items()}
-    layers = []
-    for module in trained.prepared.model.modules():
-        if is_applied(module) and module is not output:
-            (adapter,) = module.lora_A
-            pair = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-            if all(id(weight) in names for weight in pair):
-                layers.append(Layer(module, *(names[id(weight)] for weight in pair)))
-    return layers if {name for layer in layers for name in (layer.a, layer.b)} == weights.keys() else None
+    count = min(len(tokens), -(-sum(tokens) // (ROOM * threads)) * threads)
+    passes, sizes = [list[int]() for _ in range(count)], [0] * count
+    for i in sorted(range(len(tokens)), key=lambda i: -tokens[i]):
+        smallest = sizes.index(min(sizes))
+        passes[smallest].append(i)
+        sizes[smallest] += tokens[i]
+    return [sorted(numbers) for numbers in passes]
 
 
-def _of_pass(
-    trained: TrainedModel, projection: Projection, layers: Sequence[Layer], records: Sequence[Sequence[Example]]
-) -> torch.Tensor:
+@contextmanager
+def _threads_of_their_own(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Workers that share torch's threads: each computes its operations with its part of them."""
+    import torch
+
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, before // workers),)) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown()
+            torch.set_num_threads(before)  # some libraries have one number for all threads
+
+
+def _of_pass(trained: TrainedModel, projection: Projection, records: Sequence[Sequence[Example]]) -> torch.Tensor:
     """Projected gradients of records in one packed row, (records, width) float32."""
     import torch
+
+    from dagster_project.lineage.attribution.lora_factors import giving_factors, layers_of
 
     owners = [i for i, examples in enumerate(records) for _ in examples]
     sizes = [len(example.input_ids) for examples in records for example in examples]
@@ -109,10 +118,7 @@ def _of_pass(
     found = torch.zeros(len(records), sum(rows * columns for _, rows, columns in places.values()))
 
     def add(name: str, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Add the products of two factors, (tokens, rows) and (tokens, columns), over the tokens of each example.
-
-        Factors are projected before, unless the gradient itself is needed, because its numbers are scaled.
-        """
+        """Add the products of two factors, (tokens, rows) and (tokens, columns), over the tokens of each example."""
         first, rows, columns = places[name]
         for owner, (start, stop) in segments:
             product = left[start:stop].T @ right[start:stop]
@@ -122,13 +128,9 @@ def _of_pass(
                 part = projection.of_weight(name, product * trained.scales[name])
             found[owner, first : first + rows * columns] += part.cpu()
 
-    hooks = [layer.module.register_forward_hook(_Capture(layer, trained, projection, add)) for layer in layers]
-    try:
+    # the gradient itself is needed where its numbers are scaled
+    with giving_factors(layers_of(trained), projection if trained.scales is None else None, add):
         trained.sum_of_losses(records).backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        trained.prepared.model.zero_grad(set_to_none=True)
     return found
 
 
@@ -140,31 +142,3 @@ def _places(trained: TrainedModel, projection: Projection) -> dict[str, tuple[in
         places[name] = first, rows, columns
         first += rows * columns
     return places
-
-
-class _Capture:
-    """A forward hook of a LoRA layer that projects what enters it and, in the backward pass, what returns."""
-
-    def __init__(self, layer: Layer, trained: TrainedModel, projection: Projection, add: Any) -> None:
-        self.layer, self.add = layer, add
-        (adapter,) = layer.module.lora_A
-        self.a, self.b = (matrices[adapter].weight.detach() for matrices in (layer.module.lora_A, layer.module.lora_B))
-        self.scaling = layer.module.scaling[adapter]
-        self.sides_a, self.sides_b = (
-            projection.sides(name, tuple(weight.shape), weight.device) if trained.scales is None else (None, None)
-            for name, weight in ((layer.a, self.a), (layer.b, self.b))
-        )
-
-    def __call__(self, module: Any, given: tuple[Any, ...], output: torch.Tensor) -> None:
-        x = given[0].detach().reshape(-1, given[0].shape[-1]).float()
-        of_a = x if self.sides_a[1] is None else x @ self.sides_a[1].T
-        down = x @ self.a.T
-        of_b = down if self.sides_b[1] is None else down @ self.sides_b[1].T
-
-        def returned(gradient: torch.Tensor) -> None:
-            up = gradient.detach().reshape(-1, gradient.shape[-1]).float() * self.scaling
-            through = up @ self.b
-            self.add(self.layer.a, through if self.sides_a[0] is None else through @ self.sides_a[0].T, of_a)
-            self.add(self.layer.b, up if self.sides_b[0] is None else up @ self.sides_b[0].T, of_b)
-
-        output.register_hook(returned)

@@ -44,6 +44,7 @@ PROBES = 512
 LIBRARIES = ("torch", "transformers", "peft")
 CODE = (
     "gradients.py",
+    "lora_factors.py",
     "per_record.py",
     "projection.py",
     "records.py",
