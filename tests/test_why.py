@@ -167,7 +167,7 @@ def test_threads_compute_passes_of_their_own(
         return of_pass(model, projection, given)
 
     monkeypatch.setattr(per_record, "_of_pass", watched)
-    monkeypatch.setattr(per_record, "ROOM", 60)
+    monkeypatch.setattr(per_record, "ROOM", 20)
     examples = [record.examples for record in records[:12]]
     torch.set_num_threads(2)
     try:

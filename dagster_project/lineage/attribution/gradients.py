@@ -103,10 +103,20 @@ class TrainedModel:
         found: torch.device = causal(self.prepared.model).device
         return found
 
-    def twin(self) -> TrainedModel:
-        """A model that shares all tensors with this one, for another thread: a forward pass may change its modules."""
-        shared = {id(tensor): tensor for tensor in (*self.prepared.model.parameters(), *self.prepared.model.buffers())}
-        return replace(self, prepared=replace(self.prepared, model=deepcopy(self.prepared.model, shared)))
+    def twins(self, count: int) -> list[TrainedModel]:
+        """This and other models that share all tensors with it, one for each thread: a forward pass may change the
+        modules of a model."""
+        model = self.prepared.model
+        while len(self._twins) < count - 1:
+            shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+            twin = replace(self, prepared=replace(self.prepared, model=deepcopy(model, shared)))
+            vars(twin)["mixes_examples"] = self.mixes_examples  # as computed once
+            self._twins.append(twin)
+        return [self, *self._twins[: count - 1]]
+
+    @cached_property
+    def _twins(self) -> list[TrainedModel]:
+        return []
 
     @cached_property
     def mixes_examples(self) -> bool:

@@ -49,7 +49,7 @@ def projected_gradients(
     found = torch.empty(len(records), projection.width(trained.shapes))
     workers = max(1, min(threads, len(passes)))
     twins = SimpleQueue[TrainedModel]()
-    for twin in [trained, *(trained.twin() for _ in range(workers - 1))]:
+    for twin in trained.twins(workers):
         twins.put(twin)
 
     def compute(numbers: Sequence[int]) -> None:
@@ -80,7 +80,7 @@ def _passes(tokens: Sequence[int], threads: int) -> list[list[int]]:
         tokens: of each record.
 
     >>> _passes([500, 300, 400, 700], 2)
-    [[2, 3], [0, 1]]
+    [[1, 3], [0, 2]]
     """
     count = min(len(tokens), -(-sum(tokens) // (ROOM * threads)) * threads)
     passes, sizes = [list[int]() for _ in range(count)], [0] * count
